@@ -1,0 +1,140 @@
+"""Training of the demo's VAE on all kinds of small drawings (see `shapes.vae_picture`)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from diffusers import AutoencoderKL
+
+import shapes
+from training_tools import Ema, LossLog, TimeBudget, autocast, decayed_rate, save_state
+
+LATENT_SCALE = 0.18215  # factor between VAE latents and the denoiser's latents in SD 1.x
+HELD_OUT_SEED = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class VaeSettings:
+    """Settings of the VAE training. `kl_weight` is per latent element against a reconstruction loss per pixel element."""
+
+    minutes: float = 40.0
+    batch_size: int = 16
+    learning_rate: float = 1.5e-3
+    kl_weight: float = 1e-2
+    l2_weight: float = 2.0
+    seed: int = 1
+    checkpoint_seconds: float = 120.0
+
+
+def build_vae() -> AutoencoderKL:
+    """A VAE of SD 1.x's structure (4 levels, factor 8, 4 latent channels) with 1.4 M parameters."""
+    channels = (32, 64, 64, 64)
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=channels, layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=32, sample_size=shapes.SIZE, scaling_factor=LATENT_SCALE,
+    )
+
+
+def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """uint8 [H, W, 3] pictures to a float tensor [B, 3, H, W] in -1..1, channels last."""
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    return (batch / 127.5 - 1.0).contiguous(memory_format=torch.channels_last)
+
+
+def to_pictures(batch: torch.Tensor) -> list[np.ndarray]:
+    """The inverse of `to_tensor`, clamped."""
+    levels = ((batch.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return list(levels.permute(0, 2, 3, 1).cpu().numpy())
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, batch: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
+    """Encode to the posterior mean and decode, [B, 3, H, W] in -1..1."""
+    device = next(vae.parameters()).device
+    parts = []
+    for part in batch.split(batch_size):
+        with autocast(device):
+            parts.append(vae.decode(vae.encode(part.to(device)).latent_dist.mode()).sample.float().cpu())
+    return torch.cat(parts)
+
+
+def psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Peak signal to noise ratio per picture in dB of two batches in -1..1."""
+    error = (first.clamp(-1, 1) - second.clamp(-1, 1)).pow(2).flatten(1).mean(1)
+    return 10 * torch.log10(4.0 / error.clamp_min(1e-9))
+
+
+def held_out_psnr(vae: AutoencoderKL, count: int = 128) -> dict[str, float]:
+    """Mean PSNR in dB on pictures never trained on: known shapes, stars, free drawings."""
+    groups = {
+        "known": [shapes.known_picture(HELD_OUT_SEED + i)[0] for i in range(count)],
+        "star": [shapes.known_picture(HELD_OUT_SEED + i, ("star",))[0] for i in range(count)],
+        "free": [shapes.free_drawing(HELD_OUT_SEED + i) for i in range(count)],
+    }
+    batches = {name: to_tensor(pictures) for name, pictures in groups.items()}
+    return {name: psnr(reconstruct(vae, batch), batch).mean().item() for name, batch in batches.items()}
+
+
+def vae_loss(vae: AutoencoderKL, batch: torch.Tensor, settings: VaeSettings) -> tuple[torch.Tensor, dict[str, float]]:
+    """Reconstruction (L1 + L2 per pixel element) plus weighted KL per latent element."""
+    with autocast(batch.device):
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+    error = decoded.float() - batch
+    l1, l2 = error.abs().mean(), error.pow(2).mean()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    divergence = 0.5 * (mean.pow(2) + logvar.exp() - 1.0 - logvar).mean()
+    loss = l1 + settings.l2_weight * l2 + settings.kl_weight * divergence
+    return loss, {"l1": l1.item(), "l2": l2.item(), "kl": divergence.item()}
+
+
+def train_vae(settings: VaeSettings, work: Path, device: torch.device) -> AutoencoderKL:
+    """Train for `settings.minutes`, resuming from `work/vae.pt` if present; returns the averaged model."""
+    torch.manual_seed(settings.seed)
+    vae = build_vae().to(device, memory_format=torch.channels_last)
+    ema = Ema(vae, 0.999)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    budget, log, step, path = TimeBudget(settings.minutes * 60), LossLog(work / "vae_loss.csv"), 0, work / "vae.pt"
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        vae.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        budget.restore(state["elapsed"])
+        step = state["step"]
+    last_save = time.monotonic()
+    while not budget.spent():
+        first = step * settings.batch_size
+        pictures = [shapes.vae_picture(first + offset) for offset in range(settings.batch_size)]
+        rate = decayed_rate(settings.learning_rate, budget.share(), step, 200)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, parts = vae_loss(vae, to_tensor(pictures).to(device), settings)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        ema.update(vae, step)
+        step += 1
+        log.add(step, budget.elapsed(), loss=loss.item(), **parts)
+        if time.monotonic() - last_save > settings.checkpoint_seconds or budget.spent():
+            quality = held_out_psnr(averaged(vae, ema), 48)
+            print(log.summary(step, budget.elapsed()), {k: round(v, 2) for k, v in quality.items()}, flush=True)
+            save_state(path, model=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                       elapsed=budget.elapsed(), step=step)
+            last_save = time.monotonic()
+    return averaged(vae, ema)
+
+
+def averaged(vae: AutoencoderKL, ema: Ema) -> AutoencoderKL:
+    """A copy of the model holding the averaged weights."""
+    result = copy.deepcopy(vae).eval().requires_grad_(False)
+    ema.copy_to(result)
+    return result

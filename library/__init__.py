@@ -1,0 +1,1 @@
+"""Shared rooms of the training and generation scripts."""

@@ -1,0 +1,139 @@
+"""What a model family must answer. Nothing here, and nothing in a family, knows what is being trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.data.records import LatentSpec
+
+if TYPE_CHECKING:
+    from library.objectives import Objective
+    from library.options import Options
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Named tensors that condition the denoiser; the first dimension of each is the batch."""
+
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def select(self, rows: Tensor) -> Conditioning:
+        """The rows (index or boolean mask [B]) of every tensor."""
+        return Conditioning({name: value[rows] for name, value in self.tensors.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """Moved; only floating tensors change their dtype."""
+        return Conditioning(
+            {n: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for n, v in self.tensors.items()}
+        )
+
+
+@dataclass(frozen=True)
+class SizeConditioning:
+    """Pixel sizes for families that are conditioned on them; each int64 [B,2] in (height, width)/(top, left)."""
+
+    original_hw: Tensor
+    crop_top_left: Tensor
+    target_hw: Tensor
+
+
+class Tokenize(Protocol):
+    """Picklable: runs in data workers."""
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]: ...
+
+
+class ModelFamily(ABC):
+    """A model: its files, its text path, its latents, its forward pass.
+
+    Life: construct from options (cheap: no weights are read; option errors raise here) -> `load` -> use.
+    After `load`: `denoiser`, `vae`, `text_encoders` hold modules in the dtype asked for, on the device asked for,
+    in eval mode, with `requires_grad` off. `text_encoders` entries may be None when cached outputs replace them.
+    """
+
+    latent: LatentSpec
+    denoiser: nn.Module
+    vae: nn.Module
+    text_encoders: list[nn.Module | None]
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    # --- loading -------------------------------------------------------------------------------------------
+    @abstractmethod
+    def check_options(self) -> list[str]:
+        """Problems with the options that concern this family (one sentence each), before anything is loaded."""
+
+    @abstractmethod
+    def load(self, *, weight_dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device | str) -> None:
+        """Files -> modules. Raises ValueError/FileNotFoundError that names file, component and keys."""
+
+    # --- text ----------------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def tokenize(self) -> Tokenize:
+        """Captions -> dict of tensors [B,...]; available before `load`."""
+
+    @abstractmethod
+    def encode_text(self, tokens: Mapping[str, Tensor], cached: Mapping[str, Tensor] | None = None) -> Conditioning:
+        """Token tensors (and, where present, cached encoder outputs) -> conditioning. Differentiable."""
+
+    @abstractmethod
+    def encode_weighted_captions(self, captions: Sequence[str]) -> Conditioning:
+        """Captions with `(word:1.2)` syntax -> conditioning (training: `--weighted_captions`)."""
+
+    @abstractmethod
+    def encode_prompts(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str], *, clip_skip: int | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """(positive, negative) conditioning of equal length for generation, with weights and long prompts."""
+
+    # --- latents -------------------------------------------------------------------------------------------
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[B,3,H,W] in [-1,1] -> a posterior sample [B,C,h,w] as it is cached (`latent.normalize` makes it model
+        input unless `latent.cache_is_scaled`). Draws from torch's global generator."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Model latents [B,C,h,w] -> images [B,3,H,W] in [-1,1]."""
+
+    # --- denoising -----------------------------------------------------------------------------------------
+    @abstractmethod
+    def make_objective(self) -> Objective:
+        """The objective (schedule, target, weights) that the options ask for."""
+
+    @abstractmethod
+    def predict(
+        self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: SizeConditioning | None = None,
+        *, residuals: Any = None,
+    ) -> Tensor:
+        """Raw denoiser output [B,C,h,w]. `timesteps` are float32 [B] in [0, 1000); `residuals` come from a ControlNet."""
+
+    @abstractmethod
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """Named blocks of the denoiser in forward order (swap, fused groups, block learning rates)."""
+
+    # --- networks and saving -------------------------------------------------------------------------------
+    def network_text_encoders(self) -> Any:
+        """What third-party network modules receive as `text_encoder`: a list, or the bare encoder (SD 1/2)."""
+        return self.text_encoders
+
+    @abstractmethod
+    def save(self, path: Path, *, layout: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """The whole checkpoint, written atomically. `layout`: safetensors, ckpt, diffusers, diffusers_safetensors."""
+
+    @abstractmethod
+    def model_metadata(self) -> dict[str, Any]:
+        """Family entries: `ss_base_model_version`, `ss_v2`, extra `ss_*` keys, and what modelspec needs
+        (`architecture`, `default_resolution`, `prediction_type`)."""
