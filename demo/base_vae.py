@@ -13,6 +13,7 @@ import torch.nn.functional as functional
 from diffusers import AutoencoderKL
 
 import shapes
+from fast_norm import use_fast_norm
 from training_tools import Ema, LossLog, TimeBudget, autocast, decayed_rate, save_state
 
 LATENT_SCALE = 0.18215  # factor between VAE latents and the denoiser's latents in SD 1.x
@@ -24,19 +25,19 @@ class VaeSettings:
     """Settings of the VAE training. `kl_weight` is per latent element against a reconstruction loss per pixel element."""
 
     minutes: float = 40.0
-    batch_size: int = 16
-    learning_rate: float = 1.5e-3
+    batch_size: int = 8
+    learning_rate: float = 1.2e-3
     kl_weight: float = 1e-2
+    kl_rise: float = 0.5
     l2_weight: float = 2.0
     seed: int = 1
     checkpoint_seconds: float = 120.0
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae(channels: tuple[int, ...] = (64, 64, 64, 64), layers: int = 1) -> AutoencoderKL:
     """A VAE of SD 1.x's structure (4 levels, factor 8, 4 latent channels) with 1.4 M parameters."""
-    channels = (32, 64, 64, 64)
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=channels, layers_per_block=2,
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=channels, layers_per_block=layers,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         norm_num_groups=32, sample_size=shapes.SIZE, scaling_factor=LATENT_SCALE,
     )
@@ -82,7 +83,14 @@ def held_out_psnr(vae: AutoencoderKL, count: int = 128) -> dict[str, float]:
     return {name: psnr(reconstruct(vae, batch), batch).mean().item() for name, batch in batches.items()}
 
 
-def vae_loss(vae: AutoencoderKL, batch: torch.Tensor, settings: VaeSettings) -> tuple[torch.Tensor, dict[str, float]]:
+def kl_weight_at(settings: VaeSettings, share: float) -> float:
+    """KL weight after `share` (0..1) of the budget: rises from 1 % to the full weight, or the latents collapse early."""
+    return settings.kl_weight * 10.0 ** (-2.0 * (1.0 - min(1.0, share / settings.kl_rise)))
+
+
+def vae_loss(
+    vae: AutoencoderKL, batch: torch.Tensor, settings: VaeSettings, kl_weight: float
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Reconstruction (L1 + L2 per pixel element) plus weighted KL per latent element."""
     with autocast(batch.device):
         posterior = vae.encode(batch).latent_dist
@@ -91,7 +99,7 @@ def vae_loss(vae: AutoencoderKL, batch: torch.Tensor, settings: VaeSettings) -> 
     l1, l2 = error.abs().mean(), error.pow(2).mean()
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     divergence = 0.5 * (mean.pow(2) + logvar.exp() - 1.0 - logvar).mean()
-    loss = l1 + settings.l2_weight * l2 + settings.kl_weight * divergence
+    loss = l1 + settings.l2_weight * l2 + kl_weight * divergence
     return loss, {"l1": l1.item(), "l2": l2.item(), "kl": divergence.item()}
 
 
@@ -99,6 +107,7 @@ def train_vae(settings: VaeSettings, work: Path, device: torch.device) -> Autoen
     """Train for `settings.minutes`, resuming from `work/vae.pt` if present; returns the averaged model."""
     torch.manual_seed(settings.seed)
     vae = build_vae().to(device, memory_format=torch.channels_last)
+    use_fast_norm(vae)
     ema = Ema(vae, 0.999)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     budget, log, step, path = TimeBudget(settings.minutes * 60), LossLog(work / "vae_loss.csv"), 0, work / "vae.pt"
@@ -116,7 +125,7 @@ def train_vae(settings: VaeSettings, work: Path, device: torch.device) -> Autoen
         rate = decayed_rate(settings.learning_rate, budget.share(), step, 200)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, parts = vae_loss(vae, to_tensor(pictures).to(device), settings)
+        loss, parts = vae_loss(vae, to_tensor(pictures).to(device), settings, kl_weight_at(settings, budget.share()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

@@ -75,7 +75,7 @@ class Batch:
     original_sizes_hw: Tensor  # int64 [B,2]
     crop_top_lefts: Tensor  # int64 [B,2]
     target_sizes_hw: Tensor  # int64 [B,2]
-    network_multipliers: Tensor  # float32 [B]
+    network_multipliers: Tensor  # float32 [B]; stays on the CPU
     image_keys: list[str]
     flippeds: list[bool] = field(default_factory=list)
     custom_attributes: list[dict[str, Any]] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Batch:
     conditioning_images: Tensor | None = None  # float32 [B,3,H,W] in [-1,1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with its tensors on `device`."""
 
         def move(value: Any) -> Any:
             if hasattr(value, "to"):
@@ -96,7 +96,8 @@ class Batch:
                 return {name: move(item) for name, item in value.items()}
             return value
 
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "network_multipliers"}
+        return replace(self, **moved)
 
     def select(self, rows: Tensor) -> Batch:
         """The samples at `rows` (int64 [n]) of every field."""

@@ -1,0 +1,1 @@
+"""Bytes on disk and key-name tables: what a checkpoint file holds, in which layout, and how to write one."""

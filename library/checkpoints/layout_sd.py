@@ -1,0 +1,147 @@
+"""SD 1.x/2.x single files: which key belongs to which component, and the way back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from library.checkpoints import layout_clip, layout_unet, layout_vae
+from library.checkpoints.recognition import UNET_PREFIX, is_ignorable, is_stale
+from library.checkpoints.tensors import LazyTensors, RenamedTensors, Shapes, shapes_of
+
+logger = logging.getLogger(__name__)
+
+VAE_PREFIX = "first_stage_model."
+SD1_TEXT_PREFIX = "cond_stage_model.transformer."
+SD2_TEXT_PREFIX = "cond_stage_model.model."
+_SD1_TEXT_ROOTS = ("embeddings.", "encoder.", "final_layer_norm.")
+
+
+def select(tensors: Mapping[str, Tensor], prefix: str) -> RenamedTensors:
+    """The tensors below `prefix`, without it."""
+    return RenamedTensors(tensors, {key.removeprefix(prefix): (key, None) for key in tensors if key.startswith(prefix)})
+
+
+def normalize(tensors: Mapping[str, Tensor]) -> RenamedTensors:
+    """The whole file with `text_model.` inserted where an SD1 file lacks it, and without keys that mean nothing.
+
+    Keys that neither belong to a component nor are known to be harmless stay, so that `check_foreign_keys` sees them.
+    """
+    plan = {}
+    for key in tensors:
+        if is_ignorable(key):
+            continue
+        name = key
+        if key.startswith(SD1_TEXT_PREFIX):
+            rest = key.removeprefix(SD1_TEXT_PREFIX)
+            if rest.startswith(_SD1_TEXT_ROOTS):
+                name = f"{SD1_TEXT_PREFIX}text_model.{rest}"
+        plan[name] = (key, None)
+    return RenamedTensors(tensors, plan)
+
+
+def unet_tensors(tensors: Mapping[str, Tensor]) -> LazyTensors:
+    """The U-Net of a (normalised) file under its original names; a file without prefixes is a U-Net as a whole."""
+    part = select(tensors, UNET_PREFIX)
+    if not part and "input_blocks.0.0.weight" in tensors:
+        part = RenamedTensors(tensors, {key: (key, None) for key in tensors})
+    return part
+
+
+def vae_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:
+    """The VAE of a (normalised) file in diffusers layout; empty if the file has none."""
+    return layout_vae.to_diffusers(select(tensors, VAE_PREFIX))
+
+
+def text_tensors(tensors: Mapping[str, Tensor], *, v2: bool) -> RenamedTensors:
+    """The text encoder of a (normalised) file under `text_model.…` names; empty if the file has none."""
+    if not v2:
+        return layout_clip.normalize_hf(select(tensors, SD1_TEXT_PREFIX))
+    part = select(tensors, SD2_TEXT_PREFIX)
+    return layout_clip.openclip_to_hf(part, layers=sd2_layers(shapes_of(part)))
+
+
+def sd2_layers(shapes: Shapes) -> int:
+    """How many OpenCLIP blocks the SD2 text encoder uses: all but the last of a complete tower.
+
+    The U-Net was trained on the penultimate layer. 24 blocks: 23; 23: all; other counts: one less if the file also
+    holds a `text_projection`, which belongs to complete towers.
+    """
+    count = layout_clip.openclip_layer_count(shapes)
+    if count == 24:
+        return 23
+    if count == 23:
+        return 23
+    return count - 1 if "text_projection" in shapes else count
+
+
+def check_foreign_keys(tensors: LazyTensors, *, v2: bool) -> None:
+    """Raises ValueError for keys of a (normalised) file that belong to no component."""
+    prefixes = (UNET_PREFIX, VAE_PREFIX, SD2_TEXT_PREFIX if v2 else SD1_TEXT_PREFIX)
+    if not any(key.startswith(UNET_PREFIX) for key in tensors):
+        return
+    foreign = [key for key in tensors if not key.startswith(prefixes)]
+    if foreign:
+        raise ValueError(f"{tensors.source}: {len(foreign)} unexpected keys: {', '.join(foreign[:10])}.")
+
+
+# --- the way back ----------------------------------------------------------------------------------------------
+def to_single_file(
+    unet: Mapping[str, Tensor], text_encoder: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None, *, v2: bool
+) -> dict[str, Tensor]:
+    """Module state dicts (diffusers and `text_model.…` names) -> the keys of a single file."""
+    result: dict[str, Tensor] = {}
+    original = layout_unet.to_original(unet, linear_projection=v2)
+    result.update({UNET_PREFIX + key: original[key] for key in original})
+    if v2:
+        text = layout_clip.hf_to_openclip(
+            {key: value for key, value in text_encoder.items() if key != "text_projection.weight"}
+        )
+        result.update({SD2_TEXT_PREFIX + key: value for key, value in text.items()})
+    else:
+        result.update({SD1_TEXT_PREFIX + key: value for key, value in text_encoder.items()})
+    if vae is not None:
+        compvis = layout_vae.to_compvis(vae)
+        result.update({VAE_PREFIX + key: compvis[key] for key in compvis})
+    return result
+
+
+def add_sd2_tail(tensors: dict[str, Tensor]) -> None:
+    """Adds what readers of SD2 files expect but the model does not have: a last block, projection, logit scale.
+
+    The last block is a copy of the one before it; the projection is all ones, the scale ln 100.
+    """
+    part = {key.removeprefix(SD2_TEXT_PREFIX): value for key, value in tensors.items() if key.startswith(SD2_TEXT_PREFIX)}
+    count = layout_clip.openclip_layer_count(shapes_of(part))
+    for key, value in part.items():
+        prefix = f"transformer.resblocks.{count - 1}."
+        if key.startswith(prefix):
+            name = f"transformer.resblocks.{count}.{key.removeprefix(prefix)}"
+            tensors[SD2_TEXT_PREFIX + name] = value.clone()
+    bias = part["ln_final.bias"]
+    hidden = bias.shape[0]
+    tensors[f"{SD2_TEXT_PREFIX}text_projection"] = torch.ones(hidden, hidden, dtype=bias.dtype)
+    tensors[f"{SD2_TEXT_PREFIX}logit_scale"] = torch.tensor(4.6052, dtype=bias.dtype)
+
+
+def preserved_tensors(source: LazyTensors, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the file that training started from which nothing written replaces.
+
+    EMA copies and position ids are left out (stale after training); everything else keeps its bits.
+    """
+    canonical = {old: new for new, (old, _) in normalize(source)._plan.items()}
+    kept: dict[str, Tensor] = {}
+    stale = 0
+    for key in source:
+        if canonical.get(key, key) in written:
+            continue
+        if is_stale(key):
+            stale += key.startswith("model_ema.")
+            continue
+        kept[key] = source[key]
+    if stale:
+        logger.info("%s: %d EMA weights are not written again; they do not belong to the trained model", source.source, stale)
+    return kept

@@ -1,0 +1,349 @@
+"""Tensor files: lazy reading, strict filling of modules, and writing that a kill at any moment cannot damage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.unpickle import load_pickle
+
+logger = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+Operation = Callable[[Tensor], Tensor]
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[A-Za-z]+)$")
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether the name says safetensors (`.safetensors` or `.sft`, any case); everything else is a pickle."""
+    return Path(path).suffix.lower() in (".safetensors", ".sft")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+class LazyTensors(Mapping[str, Tensor]):
+    """Named tensors whose shapes are known without reading; `self[key]` reads one into memory of its own."""
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+    source: str
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.shapes
+
+
+class SafetensorsFile(LazyTensors):
+    """One safetensors file, read tensor by tensor with plain reads, so that nothing of it stays mapped."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.source = str(path)
+        header, self._data_start = _read_header(self.path)
+        self.metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+        self._entries: dict[str, dict[str, Any]] = header
+        self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        entry = self._entries[key]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{self.path}: {key} has dtype {entry['dtype']}, which is not supported.")
+        begin, end = entry["data_offsets"]
+        if begin == end:
+            return torch.empty(entry["shape"], dtype=dtype)
+        buffer = torch.empty(end - begin, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._data_start + begin)
+            view = memoryview(buffer.numpy())
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError(f"{self.path} ends inside {key}: the file is incomplete. Copy it again.")
+                view = view[count:]
+        return buffer.view(dtype).reshape(entry["shape"])
+
+
+class TensorDict(LazyTensors):
+    """Tensors that are in memory already (a pickle, or modules on their way to a file)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, source: str, metadata: Mapping[str, str] | None = None):
+        self._tensors = dict(tensors)
+        self.source = source
+        self.metadata = dict(metadata or {})
+        self.shapes = {key: tuple(value.shape) for key, value in self._tensors.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+
+class RenamedTensors(LazyTensors):
+    """A view of other tensors under new names; `plan` maps each new name to (old name, operation or None)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], plan: Mapping[str, tuple[str, Operation | None]]):
+        self._tensors = tensors
+        self._plan = dict(plan)
+        self.source = getattr(tensors, "source", "the given tensors")
+        self.metadata = dict(getattr(tensors, "metadata", {}))
+        old = shapes_of(tensors)
+        self.shapes = {
+            new: old[name] if operation is None else tuple(operation(torch.empty(old[name], device="meta")).shape)
+            for new, (name, operation) in self._plan.items()
+        }
+
+    def __getitem__(self, key: str) -> Tensor:
+        name, operation = self._plan[key]
+        tensor = self._tensors[name]
+        return tensor if operation is None else operation(tensor)
+
+
+class _ShardedTensors(LazyTensors):
+    def __init__(self, parts: list[LazyTensors], source: str) -> None:
+        self._owner = {key: part for part in parts for key in part}
+        self.source = source
+        self.metadata = dict(parts[0].metadata)
+        self.shapes = {key: part.shapes[key] for key, part in self._owner.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._owner[key][key]
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape, without reading lazy tensors."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.shapes
+    return {key: tuple(value.shape) for key, value in tensors.items()}
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
+            raise ValueError(f"{path} is not a complete safetensors file ({size} bytes). Copy or download it again.")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file: its header cannot be read ({error}).") from error
+    needed = max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
+    if size < 8 + length + needed:
+        raise ValueError(f"{path} is incomplete: {size} bytes of {8 + length + needed}. Copy or download it again.")
+    return header, 8 + length
+
+
+def shard_paths(path: str | Path) -> list[Path]:
+    """The files that belong together: an `*.index.json`, all shards of a `-0000i-of-0000K` name, or the file alone.
+
+    Raises FileNotFoundError that names the first missing shard.
+    """
+    path = Path(path)
+    if path.name.endswith(".index.json"):
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        paths = [path.parent / name for name in sorted(set(weight_map.values()))]
+    elif match := _SHARD.match(path.name):
+        count = int(match["count"])
+        names = [f"{match['stem']}-{i:05d}-of-{count:05d}{match['suffix']}" for i in range(1, count + 1)]
+        paths = [path.parent / name for name in names]
+    else:
+        paths = [path]
+    for item in paths:
+        if not item.is_file():
+            raise FileNotFoundError(f"{item} does not exist" + (f" (needed by {path})." if item != path else "."))
+    return paths
+
+
+def open_tensors(path: str | Path) -> LazyTensors:
+    """A tensor file (or all its shards) for lazy reading. Pickles are read at once, safetensors tensor by tensor.
+
+    Raises FileNotFoundError, or ValueError when the file is incomplete or holds anything but tensors.
+    """
+    parts: list[LazyTensors] = []
+    for item in shard_paths(path):
+        if is_safetensors(item):
+            parts.append(SafetensorsFile(item))
+        else:
+            parts.append(TensorDict(load_pickle(item).tensors, source=str(item)))
+    return parts[0] if len(parts) == 1 else _ShardedTensors(parts, str(path))
+
+
+def load_tensors(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """All tensors of a file on `device`; floating ones cast to `dtype` if given, one at a time."""
+    tensors = open_tensors(path)
+    return {key: cast(tensors[key], dtype=dtype, device=device) for key in tensors}
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The text metadata of a safetensors file; empty for pickles, which have none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if not is_safetensors(path):
+        return {}
+    return SafetensorsFile(path).metadata
+
+
+def cast(tensor: Tensor, *, dtype: torch.dtype | None, device: torch.device | str | None = None) -> Tensor:
+    """`tensor` on `device`; only floating tensors change their dtype."""
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+# --- filling modules -------------------------------------------------------------------------------------------
+def fill_module(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    component: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Gives a module built on the meta device its tensors, read and cast one by one; nothing may be missing or left.
+
+    Non-persistent buffers must be rebuilt by the caller first. Raises ValueError with file, component and up to ten
+    missing, unexpected and misshapen keys.
+    """
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    shapes = shapes_of(tensors)
+    source = getattr(tensors, "source", "the given tensors")
+    check_keys(expected, shapes, component=component, source=source)
+    for key in expected:
+        tensor = cast(tensors[key], dtype=dtype, device=device)
+        owner_name, _, name = key.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if name in owner._parameters:
+            owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[name] = tensor
+    left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    if left:
+        raise RuntimeError(f"{component} of {source}: never filled: {', '.join(left[:10])}")
+
+
+def check_keys(expected: Shapes, found: Shapes, *, component: str, source: str) -> None:
+    """Raises ValueError unless both sides have the same keys and shapes."""
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    wrong = [key for key in expected if key in found and tuple(expected[key]) != tuple(found[key])]
+    if not (missing or unexpected or wrong):
+        return
+    lines = [f"{source}: the weights do not fit the {component}."]
+    if missing:
+        lines.append(f"{len(missing)} missing: {', '.join(missing[:10])}.")
+    if unexpected:
+        lines.append(f"{len(unexpected)} unexpected: {', '.join(unexpected[:10])}.")
+    for key in wrong[:10]:
+        lines.append(f"{key} is {list(found[key])}, expected {list(expected[key])}.")
+    raise ValueError(" ".join(lines))
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` only when everything in it has reached the disk.
+
+    A failure or a kill before that leaves the previous file whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a safetensors file atomically, one tensor at a time; floating ones are cast to `dtype` if given.
+
+    Tensors that share storage are written as separate copies. Order: larger element types first, then by name.
+    """
+    header: dict[str, Any] = {}
+    if metadata:
+        header["__metadata__"] = _text_metadata(metadata)
+    dtypes = {key: _dtype_in_file(tensors, key, dtype) for key in tensors}
+    order = sorted(tensors, key=lambda key: (-dtypes[key].itemsize, key))
+    shapes = shapes_of(tensors)
+    offset = 0
+    for key in order:
+        if dtypes[key] not in _DTYPE_NAMES:
+            raise ValueError(f"{path}: {key} has dtype {dtypes[key]}, which safetensors cannot hold.")
+        size = math.prod(shapes[key]) * dtypes[key].itemsize
+        header[key] = {
+            "dtype": _DTYPE_NAMES[dtypes[key]], "shape": list(shapes[key]), "data_offsets": [offset, offset + size],
+        }  # fmt: skip
+        offset += size
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 256)
+    with atomic_write(path) as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for key in order:
+            flat = tensors[key].detach().to(device="cpu", dtype=dtypes[key]).contiguous().reshape(-1)
+            if flat.numel():
+                file.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+def _dtype_in_file(tensors: Mapping[str, Tensor], key: str, dtype: torch.dtype | None) -> torch.dtype:
+    tensor = tensors[key]
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def _text_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    for key, value in metadata.items():
+        if not isinstance(key, str):
+            raise ValueError(f"metadata key {key!r} is not text.")
+        if not isinstance(value, str):
+            logger.warning("metadata %s is a %s; written as text", key, type(value).__name__)
+    return {key: str(value) for key, value in metadata.items()}
+
+
+def save_pickle(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes a dictionary of tensors and plain values with torch's pickle format, atomically."""
+    with atomic_write(path) as file:
+        torch.save(dict(content), file)

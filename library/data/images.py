@@ -1,0 +1,185 @@
+"""From an image file to a cropped array and on to a tensor: decoding, orientation, resizing, cutting."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+
+from library.data.buckets import Size
+
+logger = logging.getLogger(__name__)
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = (5, 6, 7, 8)
+_UNREADABLE_EXIF = (SyntaxError, ValueError, KeyError, IndexError, TypeError, OSError, struct.error)
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used; the message names the file."""
+
+
+def image_size(path: str | Path) -> Size:
+    """(width, height) after the EXIF orientation, from the header alone.
+
+    Raises ImageError naming the file when it is missing, empty or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            orientation = _orientation(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unusable(path, error) from error
+    return (height, width) if orientation in _SWAPS_SIDES else (width, height)
+
+
+def load_image(path: str | Path, *, alpha: bool = False) -> np.ndarray:
+    """The pixels as uint8 [H,W,3], or [H,W,4] with `alpha`, upright by the EXIF orientation.
+
+    Without `alpha`, transparency is discarded (the colours behind it show through); with it, images without
+    transparency are opaque. 16-bit greyscale is scaled to 8 bits. Raises ImageError naming the file.
+    """
+    return load_image_and_transparency(path, alpha=alpha)[0]
+
+
+def load_image_and_transparency(path: str | Path, *, alpha: bool = False) -> tuple[np.ndarray, bool]:
+    """`load_image`, and whether the file has transparency at all."""
+    try:
+        with Image.open(path) as image:
+            orientation = _orientation(image)
+            image.load()
+            is_transparent = image.has_transparency_data
+            converted = _convert(image, is_transparent=is_transparent, alpha=alpha)
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+        raise _unusable(path, error) from error
+    if orientation in _TRANSPOSE:
+        converted = converted.transpose(_TRANSPOSE[orientation])
+    return np.array(converted), is_transparent
+
+
+def resize(pixels: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
+    """uint8 [H,W,C] resized to `size` (width, height) with the filter that `resize_interpolation` names.
+
+    Unset: OpenCV's area filter when no side grows, else Pillow's Lanczos. Channels are resized independently
+    (no premultiplication by alpha).
+    """
+    height, width = pixels.shape[:2]
+    if (width, height) == size:
+        return pixels
+    if interpolation is None:
+        interpolation = "area" if size[0] <= width and size[1] <= height else "lanczos"
+    if interpolation in ("lanczos", "box"):
+        return _resize_pillow(pixels, size, interpolation)
+    import cv2
+
+    filters = {
+        "area": cv2.INTER_AREA, "nearest": cv2.INTER_NEAREST_EXACT, "bilinear": cv2.INTER_LINEAR,
+        "linear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "cubic": cv2.INTER_CUBIC,
+    }
+    if interpolation not in filters:
+        allowed = ", ".join(sorted([*filters, "box", "lanczos"]))
+        raise ValueError(f"resize_interpolation = {interpolation!r} is unknown. Use one of {allowed}.")
+    resized = cv2.resize(pixels, size, interpolation=filters[interpolation])
+    return resized.reshape(size[1], size[0], pixels.shape[2])
+
+
+def crop(pixels: np.ndarray, offset: tuple[int, int], size: Size) -> np.ndarray:
+    """The window of `size` (width, height) whose upper left corner is `offset` (left, top)."""
+    left, top = offset
+    return pixels[top : top + size[1], left : left + size[0]]
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 [H,W,3 or 4] -> float32 [3,H,W] in [-1,1]; a fourth channel is left out."""
+    rgb = torch.from_numpy(np.ascontiguousarray(pixels[..., :3]))
+    return rgb.permute(2, 0, 1).to(torch.float32).div_(255).sub_(0.5).div_(0.5).contiguous()
+
+
+def alpha_mask(pixels: np.ndarray) -> Tensor:
+    """uint8 [H,W,3 or 4] -> float32 [H,W] in [0,1]; opaque without a fourth channel."""
+    if pixels.shape[2] == 4:
+        return torch.from_numpy(np.ascontiguousarray(pixels[..., 3])).to(torch.float32).div_(255)
+    return torch.ones(pixels.shape[:2], dtype=torch.float32)
+
+
+def report_unusable(errors: Sequence[ImageError]) -> None:
+    """Raise one ImageError that lists all `errors`; nothing happens when there are none."""
+    if errors:
+        listing = "\n".join(f"  {error}" for error in errors)
+        raise ImageError(
+            f"{len(errors)} image file(s) cannot be used:\n{listing}\nRepair them or remove them from the data."
+        )
+
+
+def _resize_pillow(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
+    resample = Image.Resampling.LANCZOS if interpolation == "lanczos" else Image.Resampling.BOX
+    # Pillow premultiplies "RGBA" by alpha; "CMYK" is its mode for four independent channels.
+    mode = "CMYK" if pixels.shape[2] == 4 else "RGB"
+    image = Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), np.ascontiguousarray(pixels).tobytes())
+    return np.array(image.resize(size, resample))
+
+
+def _convert(image: Image.Image, *, is_transparent: bool, alpha: bool) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # Pillow's own conversion would clip everything above 255 to white.
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+    if is_transparent:
+        rgba = image.convert("RGBA")
+        return rgba if alpha else Image.fromarray(np.asarray(rgba)[..., :3])
+    return image.convert("RGBA" if alpha else "RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF (or XMP) orientation 1-8 of an opened image, without decoding pixels; 1 when unreadable."""
+    try:
+        if image.format == "PNG" and "exif" not in image.info:
+            _read_late_png_exif(image)
+        # The PNG plug-in's own method would decode the whole picture to look behind it.
+        exif = Image.Image.getexif(image)
+        return int(exif.get(ExifTags.Base.Orientation, 1))
+    except _UNREADABLE_EXIF:
+        return 1
+
+
+def _read_late_png_exif(image: Image.Image) -> None:
+    """Find an eXIf chunk that stands behind the pixels of a PNG, by its chunk headers."""
+    stream = image.fp
+    if stream is None:
+        return
+    position = stream.tell()
+    try:
+        stream.seek(8)
+        while len(header := stream.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if kind == b"eXIf":
+                image.info["exif"] = b"Exif\x00\x00" + stream.read(length)
+                return
+            if kind == b"IEND":
+                return
+            stream.seek(length + 4, 1)
+    finally:
+        stream.seek(position)
+
+
+def _unusable(path: str | Path, error: BaseException) -> ImageError:
+    if isinstance(error, FileNotFoundError):
+        return ImageError(f"{path}: the image file does not exist")
+    reason = str(error) or type(error).__name__
+    if type(error).__name__ == "UnidentifiedImageError":
+        reason = "not an image in a known format, or damaged at its beginning"
+    return ImageError(f"{path}: the image cannot be read ({reason})")

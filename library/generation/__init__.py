@@ -1,0 +1,1 @@
+"""Drawing images: prompt lines, samplers, guidance, the engine, and samples during training."""

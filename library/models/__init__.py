@@ -1,0 +1,1 @@
+"""Network modules and what is common to them; no files, no options."""

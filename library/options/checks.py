@@ -1,0 +1,347 @@
+"""Checks of options against each other and against the file system, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.options import Options
+from library.options.script import ScriptOptions
+
+Check = Callable[[Options], Iterable[str]]
+
+MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
+HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+#: option -> (smallest, largest) allowed value; None is no limit
+RANGES: Mapping[str, tuple[float | None, float | None]] = {
+    "train_batch_size": (1, None),
+    "dataset_repeats": (1, None),
+    "keep_tokens": (0, None),
+    "caption_dropout_rate": (0, 1),
+    "caption_tag_dropout_rate": (0, 1),
+    "caption_dropout_every_n_epochs": (0, None),
+    "token_warmup_step": (0, None),
+    "bucket_reso_steps": (1, None),
+    "max_data_loader_n_workers": (0, None),
+    "vae_batch_size": (1, None),
+    "text_encoder_batch_size": (1, None),
+    "max_train_steps": (1, None),
+    "max_train_epochs": (1, None),
+    "gradient_accumulation_steps": (1, None),
+    "seed": (0, 2**32 - 1),
+    "initial_epoch": (1, None),
+    "initial_step": (0, None),
+    "clip_skip": (1, None),
+    "min_timestep": (0, 1000),
+    "max_timestep": (0, 1000),
+    "multires_noise_iterations": (0, None),
+    "learning_rate": (0, None),
+    "max_grad_norm": (0, None),
+    "unet_lr": (0, None),
+    "network_dim": (1, None),
+    "network_dropout": (0, 1),
+    "validation_split": (0, 1),
+}
+#: options of "every n steps/epochs" that a value below 1 turns off
+INTERVALS = (
+    "sample_every_n_steps", "sample_every_n_epochs", "save_every_n_steps", "save_every_n_epochs",
+    "validate_every_n_steps", "validate_every_n_epochs",
+)  # fmt: skip
+#: options that name a file (or folder) which must exist
+FILES = ("in_json", "network_weights", "sample_prompts", "log_tracker_config", "dataset_config")
+FOLDERS = ("train_data_dir", "reg_data_dir", "conditioning_data_dir")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Options with their implied values filled in; problems and warnings, one sentence each."""
+
+    options: Options
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def check_options(options: Options, script: ScriptOptions) -> Checked:
+    """Everything that can be said about the options without loading anything."""
+    options, warnings = adjusted(options)
+    groups = script.group_names()
+    problems = [text for needed, check in CHECKS if needed in groups for text in check(options)]
+    warnings += [text for needed, warn in WARNINGS if needed in groups for text in warn(options)]
+    return Checked(options, tuple(problems), tuple(warnings))
+
+
+def adjusted(options: Options) -> tuple[Options, list[str]]:
+    """Options with what other options imply, and a sentence for every change that the user should know of."""
+    changes: dict[str, Any] = {}
+    warnings: list[str] = []
+    flat = options.flat()
+    if flat["caption_extention"] is not None:
+        changes["caption_extension"] = flat["caption_extention"]
+    for name in ("cache_latents", "cache_text_encoder_outputs"):
+        if flat[f"{name}_to_disk"] and not flat[name]:
+            changes[name] = True
+            warnings.append(f"--{name}_to_disk turns on --{name}.")
+    for name in INTERVALS:
+        if flat[name] is not None and flat[name] < 1:
+            changes[name] = None
+            warnings.append(f"--{name} {flat[name]} is less than 1 and therefore off.")
+    if flat["persistent_data_loader_workers"] and flat["max_data_loader_n_workers"] == 0:
+        changes["persistent_data_loader_workers"] = False
+        warnings.append("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0.")
+    return options.with_values(**changes), warnings
+
+
+# --- problems ------------------------------------------------------------------------------------------------
+def ranges(options: Options) -> Iterator[str]:
+    flat = options.flat()
+    for name, (smallest, largest) in RANGES.items():
+        value = flat[name]
+        if value is None:
+            continue
+        if not ((smallest is None or value >= smallest) and (largest is None or value <= largest)):
+            allowed = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
+            yield f"--{name} {value} is not allowed: it must be {allowed}."
+
+
+def model_is_given(options: Options) -> Iterator[str]:
+    if not options.model.pretrained_model_name_or_path:
+        yield "--pretrained_model_name_or_path is missing: name a checkpoint file, a Diffusers folder or a hub model."
+
+
+def data_is_given(options: Options) -> Iterator[str]:
+    data = options.dataset
+    if data.dataset_config or data.dataset_class:
+        return
+    if not (data.train_data_dir or data.in_json):
+        yield "no training images: give --dataset_config FILE, or --train_data_dir FOLDER."
+    elif data.resolution is None:
+        yield "--resolution is missing: it is needed when there is no --dataset_config."
+
+
+def output_dir_is_given(options: Options) -> Iterator[str]:
+    folder = options.saving.output_dir
+    if not folder and not options.dataset.debug_dataset:
+        yield "--output_dir is missing: name the folder for what is trained."
+    elif folder and Path(folder).exists() and not Path(folder).is_dir():
+        yield f"--output_dir {folder} is a file, not a folder."
+
+
+def paths_exist(options: Options) -> Iterator[str]:
+    flat = options.flat()
+    for name in FILES:
+        if flat[name] and not Path(flat[name]).is_file():
+            yield f"--{name}: there is no file {flat[name]}."
+    for name in FOLDERS:
+        if flat[name] and not Path(flat[name]).is_dir() and not options.dataset.dataset_config:
+            yield f"--{name}: there is no folder {flat[name]}."
+    for path in options.network.base_weights or ():
+        if not Path(path).is_file():
+            yield f"--base_weights: there is no file {path}."
+    if options.saving.resume and not options.hub.resume_from_huggingface and not Path(options.saving.resume).is_dir():
+        yield f"--resume: there is no folder {options.saving.resume}."
+    for name in ("pretrained_model_name_or_path", "vae"):
+        if flat[name] and is_missing_model(flat[name]):
+            yield f"--{name}: there is no file or folder {flat[name]}."
+
+
+def is_missing_model(name: str) -> bool:
+    """Whether `name` means a local file or folder that does not exist (`owner/model` may be a hub name)."""
+    path = Path(name)
+    if path.exists():
+        return False
+    if path.suffix.lower() in MODEL_SUFFIXES or not HUB_NAME.fullmatch(name):
+        return True
+    return path.parent.is_dir()
+
+
+def old_optimizer_flags(options: Options) -> Iterator[str]:
+    chosen = options.optimizer
+    flags = [name for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(chosen, name)]
+    if len(flags) == 2:
+        yield "--use_8bit_adam and --use_lion_optimizer cannot be combined."
+    if flags and chosen.optimizer_type:
+        yield f"--{flags[0]} cannot be combined with --optimizer_type {chosen.optimizer_type}: remove one of them."
+
+
+def fused_backward(options: Options) -> Iterator[str]:
+    if not options.optimizer.fused_backward_pass:
+        return
+    if options.optimizer.optimizer_type.lower() != "adafactor":
+        yield "--fused_backward_pass works only with --optimizer_type Adafactor."
+    if options.training.gradient_accumulation_steps > 1:
+        yield "--fused_backward_pass cannot be combined with --gradient_accumulation_steps above 1."
+    if options.device.mixed_precision == "fp16":
+        yield "--fused_backward_pass cannot be combined with --mixed_precision fp16: use bf16 or no."
+
+
+def warm_up(options: Options) -> Iterator[str]:
+    chosen = options.optimizer
+    schedule_free = chosen.optimizer_type.lower().endswith("schedulefree")
+    if chosen.lr_warmup_steps and not schedule_free and not chosen.lr_scheduler_type:
+        if chosen.lr_scheduler in ("constant", "adafactor"):
+            yield (
+                f"--lr_warmup_steps {chosen.lr_warmup_steps} cannot be combined with --lr_scheduler "
+                f"{chosen.lr_scheduler}; for warm-up without decay use constant_with_warmup."
+            )
+    if chosen.lr_warmup_steps and chosen.lr_scheduler_type and not schedule_free:
+        yield "--lr_warmup_steps cannot be combined with --lr_scheduler_type."
+
+
+def precision(options: Options) -> Iterator[str]:
+    device = options.device
+    for name, needed in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if getattr(device, name) and device.mixed_precision != needed:
+            yield f"--{name} needs --mixed_precision {needed} (it is {device.mixed_precision})."
+    for name in ("fp8_base", "fp8_base_unet"):
+        if getattr(device, name) and device.mixed_precision == "no":
+            yield f"--{name} needs --mixed_precision fp16 or bf16."
+
+
+def prediction_type(options: Options) -> Iterator[str]:
+    loss, v_prediction = options.loss, options.model.v_parameterization
+    if loss.scale_v_pred_loss_like_noise_pred and not v_prediction:
+        yield "--scale_v_pred_loss_like_noise_pred needs --v_parameterization."
+    if loss.v_pred_like_loss and v_prediction:
+        yield "--v_pred_like_loss cannot be combined with --v_parameterization."
+
+
+def noise(options: Options) -> Iterator[str]:
+    if options.noise.adaptive_noise_scale is not None and not options.noise.noise_offset:
+        yield "--adaptive_noise_scale needs --noise_offset."
+
+
+def caching(options: Options) -> Iterator[str]:
+    """Only for folders; with a dataset file the values of each subset count, and the data room checks them."""
+    data, cache = options.dataset, options.cache
+    if data.dataset_config:
+        return
+    changing_images = [name for name in ("color_aug", "random_crop") if getattr(data, name)]
+    if cache.cache_latents and changing_images:
+        yield f"--cache_latents cannot be combined with --{' or --'.join(changing_images)}: cached latents never change."
+    names = ("caption_dropout_rate", "shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate")
+    changing_captions = [name for name in names if getattr(data, name)]
+    if cache.cache_text_encoder_outputs and changing_captions:
+        yield (
+            f"--cache_text_encoder_outputs cannot be combined with --{' or --'.join(changing_captions)}: "
+            "cached captions never change."
+        )
+
+
+def masks(options: Options) -> Iterator[str]:
+    data = options.dataset
+    if data.masked_loss and not data.dataset_config and not data.alpha_mask:
+        yield "--masked_loss without --dataset_config needs --alpha_mask; mask images need --dataset_config."
+
+
+def samples(options: Options) -> Iterator[str]:
+    wanted = options.sampling
+    if (wanted.sample_every_n_steps or wanted.sample_every_n_epochs or wanted.sample_at_first) and (
+        not wanted.sample_prompts
+    ):
+        yield "sample pictures need --sample_prompts FILE."
+
+
+def trackers(options: Options) -> Iterator[str]:
+    chosen = options.logging
+    if chosen.log_with in ("tensorboard", "all") and not chosen.logging_dir:
+        yield f"--log_with {chosen.log_with} needs --logging_dir."
+
+
+def network(options: Options) -> Iterator[str]:
+    chosen = options.network
+    if not chosen.network_module and not options.dataset.debug_dataset:
+        yield "--network_module is missing: name what to train, e.g. --network_module networks.lora."
+    if chosen.dim_from_weights and not chosen.network_weights:
+        yield "--dim_from_weights needs --network_weights FILE."
+    if chosen.network_train_unet_only and chosen.network_train_text_encoder_only:
+        yield "--network_train_unet_only and --network_train_text_encoder_only together train nothing: remove one."
+    if len(chosen.base_weights_multiplier or ()) > len(chosen.base_weights or ()):
+        yield "--base_weights_multiplier has more values than --base_weights."
+    for name, items in (
+        ("network_args", chosen.network_args),
+        ("optimizer_args", options.optimizer.optimizer_args),
+        ("lr_scheduler_args", options.optimizer.lr_scheduler_args),
+    ):
+        for item in items or ():
+            if "=" not in item:
+                yield f"--{name}: {item!r} is not of the form key=value."
+
+
+#: (group that the script must have, check)
+CHECKS: tuple[tuple[str, Check], ...] = (
+    ("training", model_is_given),
+    ("training", data_is_given),
+    ("training", output_dir_is_given),
+    ("network", network),
+    ("training", ranges),
+    ("dataset", paths_exist),
+    ("optimizer", old_optimizer_flags),
+    ("optimizer", fused_backward),
+    ("optimizer", warm_up),
+    ("device", precision),
+    ("loss", prediction_type),
+    ("noise", noise),
+    ("cache", caching),
+    ("dataset", masks),
+    ("sampling", samples),
+    ("logging", trackers),
+)
+
+
+# --- warnings ------------------------------------------------------------------------------------------------
+def clip_skip_of_v2(options: Options) -> Iterator[str]:
+    if options.model.v2 and options.model.clip_skip is not None:
+        yield "--clip_skip is unusual with --v2: these models already use the layer before the last."
+
+
+def zero_terminal_snr_without_v(options: Options) -> Iterator[str]:
+    if options.noise.zero_terminal_snr and not options.model.v_parameterization:
+        yield "--zero_terminal_snr without --v_parameterization: noise prediction learns nothing at the last step."
+
+
+def folders_beside_dataset_file(options: Options) -> Iterator[str]:
+    if options.dataset.dataset_config:
+        given = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(options.dataset, name)]
+        if given:
+            yield f"--{' and --'.join(given)} have no effect: --dataset_config says which images are used."
+
+
+def keeping_without_saving(options: Options) -> Iterator[str]:
+    saving = options.saving
+    for what in ("epochs", "steps"):
+        if getattr(saving, f"save_last_n_{what}") is not None and getattr(saving, f"save_every_n_{what}") is None:
+            if what == "steps" or not saving.save_n_epoch_ratio:
+                yield f"--save_last_n_{what} has no effect without --save_every_n_{what}."
+
+
+WARNINGS: tuple[tuple[str, Check], ...] = (
+    ("model", clip_skip_of_v2),
+    ("noise", zero_terminal_snr_without_v),
+    ("dataset", folders_beside_dataset_file),
+    ("saving", keeping_without_saving),
+)
+
+
+SECRETS = ("wandb_api_key", "huggingface_token")
+PRIVATE_PATHS = (
+    "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir", "conditioning_data_dir",
+    "reg_data_dir", "output_dir", "logging_dir",
+)  # fmt: skip
+
+
+def published_by_wandb(given: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(warnings, remarks) about options on the command line that Weights & Biases would publish with it."""
+    if given.get("log_with") not in ("wandb", "all"):
+        return [], []
+    secrets = [name for name in SECRETS if given.get(name)]
+    private = [name for name in PRIVATE_PATHS if given.get(name) and Path(given[name]).is_absolute()]
+    if given.get("config_file"):
+        private.append("config_file")
+    if given.get("huggingface_repo_id") and given.get("huggingface_repo_visibility") != "public":
+        private.append("huggingface_repo_id")
+    where = "is on the command line, which Weights & Biases publishes; put it into a --config_file."
+    return [f"--{name} {where}" for name in secrets], [f"--{name} {where}" for name in private]

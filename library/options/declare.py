@@ -1,0 +1,137 @@
+"""How one command-line option is declared: a dataclass field that carries its type, default, choices and help."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def whole_or_fraction(text: str) -> int | float:
+    """A number of steps (`100` -> int), or a fraction of all steps (`0.1` or `10%` -> float). Raises ValueError."""
+    text = text.strip()
+    number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if text.endswith("%") and 0 <= number <= 1 or 0 < number < 1:
+        return number
+    if text.endswith("%") or number < 0 or not number.is_integer():
+        raise ValueError(f"{text} is neither a whole number of steps nor a fraction of all steps")
+    return int(number)
+
+
+READERS: Mapping[str, Callable[[str], Any]] = types.MappingProxyType(
+    {"str": str, "int": int, "float": float, "int_or_float": whole_or_fraction, "Path": Path}
+)
+WANTED: Mapping[str, str] = types.MappingProxyType(
+    {
+        "str": "a text",
+        "int": "a whole number",
+        "float": "a number",
+        "int_or_float": "a number of steps, a fraction below 1 or a percentage",
+        "Path": "a path",
+        "flag": "true or false",
+    }
+)
+
+
+@dataclass(frozen=True)
+class OptionSpec:
+    """Everything about one option. `name` is the field name, the argparse destination and the key in TOML files."""
+
+    name: str
+    type_name: str  # a key of WANTED
+    default: Any
+    help: str
+    choices: tuple[Any, ...] | None = None
+    nargs: str | None = None
+    flags: tuple[str, ...] = ()
+    convert: Callable[[Any], Any] | None = None  # text, number or list of a TOML file -> the option's final value
+
+    @property
+    def is_flag(self) -> bool:
+        return self.type_name == "flag"
+
+    def read(self, text: str) -> Any:
+        """One word of the command line -> value (before `convert`). Raises ValueError that says what is wanted."""
+        if self.choices is not None and None in self.choices and text.lower() == "none":
+            return None
+        try:
+            return READERS[self.type_name](text)
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not {WANTED[self.type_name]}") from error
+
+    def read_value(self, value: Any) -> Any:
+        """A value of a TOML file -> the same value that the command line would give. Raises ValueError."""
+        if self.convert is not None and self.nargs is None:
+            self.convert(value)
+            return value
+        if self.nargs is not None:
+            items = value if isinstance(value, list | tuple) else [value]
+            return [self._read_item(item) for item in items]
+        return self._read_item(value)
+
+    def check_choice(self, value: Any) -> None:
+        """Raises ValueError that lists the choices if `value` (or one of its items) is none of them."""
+        for item in value if self.nargs is not None and value is not None else (value,):
+            if self.choices is not None and item is not None and item not in self.choices:
+                allowed = ", ".join("none" if choice is None else str(choice) for choice in self.choices)
+                raise ValueError(f"{item!r} is not one of: {allowed}")
+
+    def final(self, value: Any) -> Any:
+        """The value that the typed options hold: converted, and lists as tuples."""
+        if value is None:
+            return None
+        if self.convert is not None:
+            return self.convert(value)
+        return tuple(value) if self.nargs is not None else value
+
+    def _read_item(self, value: Any) -> Any:
+        if isinstance(value, list | tuple | dict):
+            raise ValueError(f"{value!r} is not {WANTED[self.type_name]}")
+        if self.is_flag:
+            return _read_bool(value)
+        if isinstance(value, bool):
+            if self.type_name != "str":
+                raise ValueError(f"{str(value).lower()} is not {WANTED[self.type_name]}")
+            return str(value).lower()
+        if isinstance(value, float) and self.type_name == "int" and value.is_integer():
+            return int(value)
+        return self.read(value if isinstance(value, str) else str(value))
+
+
+def _read_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError(f"{value!r} is not true or false")
+
+
+def option(
+    help: str,
+    default: Any = None,
+    *,
+    type: str = "str",  # noqa: A002 - argparse's word
+    choices: tuple[Any, ...] | None = None,
+    nargs: str | None = None,
+    convert: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A dataclass field for an option that takes a value; `type` is a key of READERS."""
+    details = {"type_name": type, "help": help, "choices": choices, "nargs": nargs, "convert": convert}
+    return dataclasses.field(default=default, metadata={"option": details})
+
+
+def flag(help: str) -> Any:
+    """A dataclass field for an option without a value; false unless given."""
+    return dataclasses.field(default=False, metadata={"option": {"type_name": "flag", "help": help}})
+
+
+def specs_of(group: type) -> tuple[OptionSpec, ...]:
+    """The options that a group class declares, in order."""
+    return tuple(
+        OptionSpec(name=field.name, default=field.default, flags=(f"--{field.name}",), **field.metadata["option"])
+        for field in dataclasses.fields(group)
+        if "option" in field.metadata
+    )

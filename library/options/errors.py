@@ -1,0 +1,13 @@
+"""The errors that a user can cause and repair: each ends a script with one line and exit status 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(ValueError):
+    """One or more mistakes in what the user gave; `problems` holds one sentence each."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))

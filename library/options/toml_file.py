@@ -1,0 +1,111 @@
+"""Options in a TOML file: `--config_file` reads them, `--output_config` writes them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.options.declare import OptionSpec
+from library.options.errors import UserError
+
+NEVER_WRITTEN = frozenset({"config_file", "output_config", "wandb_api_key", "huggingface_token"})
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What a file gives: values by option name, mistakes, and remarks; one sentence each."""
+
+    values: Mapping[str, Any]
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def config_path(name: str) -> Path:
+    """The file that `--config_file NAME` means: `.toml` is added when missing."""
+    return Path(name if name.endswith(".toml") else name + ".toml")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like `name`, or None."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def read_config(path: Path, specs: Mapping[str, OptionSpec]) -> ConfigFile:
+    """The options in a TOML file. Tables are flattened by one level; their names mean nothing.
+
+    Raises UserError if the file is missing or is no TOML. Unknown keys give one warning, bad values one problem each.
+    """
+    try:
+        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"--config_file: there is no file {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config_file: {path} cannot be read as TOML: {error}") from error
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    unknown: list[str] = []
+    for key, value in _flattened(content):
+        if key not in specs:
+            unknown.append(key)
+            continue
+        try:
+            values[key] = specs[key].read_value(value)
+            specs[key].check_choice(values[key])
+        except ValueError as error:
+            problems.append(f"{path}: {key}: {error}.")
+    return ConfigFile(values, tuple(problems), _unknown_keys_warning(path, unknown, specs))
+
+
+def _flattened(content: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield key, value
+
+
+def _unknown_keys_warning(path: Path, unknown: list[str], specs: Mapping[str, OptionSpec]) -> tuple[str, ...]:
+    if not unknown:
+        return ()
+    words = []
+    for key in dict.fromkeys(unknown):
+        guess = nearest(key, specs)
+        words.append(f"{key} (did you mean {guess}?)" if guess else key)
+    return (f"{path}: this script has no option of these names, they have no effect: {', '.join(words)}",)
+
+
+def write_config(path: Path, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Write the options that differ from their default, flat, as UTF-8. Raises UserError if the file exists."""
+    if path.exists():
+        raise UserError(f"--output_config: {path} exists already; give another --config_file or remove it")
+    lines = [
+        f"{name} = {_toml(value)}\n"
+        for name, value in values.items()
+        if value is not None and value != defaults[name] and name not in NEVER_WRITTEN
+    ]
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--output_config: {path} cannot be written: {error.strerror}") from error
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, int | float):
+        return repr(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,321 @@
+"""A training run's surroundings: accelerator, precision, seed, counting, the optimizer step, logs, resume."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.data.records import Batch
+from library.methods.base import TrainingMethod
+from library.optimizers import CreatedOptimizer
+from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.options import Options
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a run (`--mixed_precision`, `--full_*`, `--no_half_vae`, `--save_precision`)."""
+
+    weight: torch.dtype  # frozen weights, and what autocast computes in
+    trained: torch.dtype  # weights that the optimizer steps
+    vae: torch.dtype
+    save: torch.dtype | None  # None keeps each tensor's own
+
+    @classmethod
+    def from_options(cls, options: Options) -> Precision:
+        """Read from the options."""
+        device = options.device
+        weight = DTYPES[device.mixed_precision or "no"]
+        save = options.saving.save_precision
+        return cls(
+            weight=weight,
+            trained=weight if device.full_fp16 or device.full_bf16 else torch.float32,
+            vae=torch.float32 if options.model.no_half_vae else weight,
+            save=DTYPES[save] if save else None,
+        )
+
+
+def make_accelerator(options: Options, started_at: float) -> Accelerator:
+    """The accelerator of a training run; logs go to `<logging_dir>/<log_prefix><time>`."""
+    import accelerate
+
+    device, logs = options.device, options.logging
+    handlers: list[Any] = []
+    if torch.cuda.device_count() > 1 or device.ddp_timeout:
+        timeout = timedelta(minutes=device.ddp_timeout) if device.ddp_timeout else None
+        handlers.append(accelerate.InitProcessGroupKwargs(**({"timeout": timeout} if timeout else {})))
+    if device.ddp_gradient_as_bucket_view or device.ddp_static_graph:
+        handlers.append(
+            accelerate.DistributedDataParallelKwargs(
+                gradient_as_bucket_view=device.ddp_gradient_as_bucket_view, static_graph=device.ddp_static_graph
+            )
+        )
+    project = None
+    if logs.logging_dir:
+        stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(started_at))
+        project = str(Path(logs.logging_dir) / f"{logs.log_prefix or ''}{stamp}")
+    accelerator = accelerate.Accelerator(
+        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+        mixed_precision=device.mixed_precision or "no",
+        log_with=(logs.log_with or "tensorboard") if project else None,
+        project_dir=project,
+        kwargs_handlers=handlers,
+    )
+    if device.full_fp16 and accelerator.scaler is not None:
+        _allow_unscaling_half_gradients(accelerator.scaler)
+    return accelerator
+
+
+def _allow_unscaling_half_gradients(scaler: Any) -> None:
+    """`--full_fp16`: let the gradient scaler unscale fp16 gradients, which torch refuses by default."""
+    unscale = scaler._unscale_grads_
+
+    def unscale_half_too(optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
+        return unscale(optimizer, inv_scale, found_inf, True)
+
+    scaler._unscale_grads_ = unscale_half_too
+
+
+def resolve_seed(options: Options, progress: SavedProgress | None) -> int:
+    """`--seed`, else the seed of the resumed state, else a random one; warns when a resume changes the seed."""
+    given, saved = options.training.seed, progress.seed if progress else None
+    if given is None:
+        return saved if saved is not None else random.SystemRandom().randint(0, 2**32 - 1)
+    if saved is not None and saved != given:
+        logger.warning("--seed %d differs from the resumed run's seed %d: the data order changes.", given, saved)
+    return given
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How many batches, steps and epochs a run has. Counts are per process unless they say otherwise."""
+
+    batches_per_epoch: int  # after sharding over processes
+    accumulation: int
+    max_steps: int
+    epochs: int
+
+    @classmethod
+    def make(cls, options: Options, batches: int, processes: int) -> StepPlan:
+        """From the number of batches per epoch over all processes."""
+        training = options.training
+        accumulation = training.gradient_accumulation_steps
+        per_process = math.ceil(batches / processes)
+        updates = math.ceil(per_process / accumulation)
+        max_steps = training.max_train_steps
+        if training.max_train_epochs is not None:
+            max_steps = training.max_train_epochs * math.ceil(batches / processes / accumulation)
+        return cls(per_process, accumulation, max_steps, math.ceil(max_steps / updates))
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps per epoch; the last accumulation window of an epoch may be short."""
+        return math.ceil(self.batches_per_epoch / self.accumulation)
+
+    def is_sync(self, batch: int) -> bool:
+        """Whether the optimizer steps after batch number `batch` (0-based in its epoch)."""
+        return (batch + 1) % self.accumulation == 0 or batch + 1 == self.batches_per_epoch
+
+    def next_position(self, position: Position, batch: int) -> Position:
+        """Where a run stands when batch number `batch` (0-based) of the position's epoch is done."""
+        step = position.step + self.is_sync(batch)
+        if batch + 1 == self.batches_per_epoch:
+            return Position(position.epoch + 1, 0, step)
+        return Position(position.epoch, batch + 1, step)
+
+    def position_after(self, steps: int) -> Position:
+        """Where a run stands after `steps` optimizer steps."""
+        epochs, updates = divmod(steps, self.updates_per_epoch)
+        return Position(epochs + 1, updates * self.accumulation, steps)
+
+    def save_every_n_epochs(self, options: Options) -> int | None:
+        """`--save_every_n_epochs`, overridden by `--save_n_epoch_ratio`."""
+        ratio = options.saving.save_n_epoch_ratio
+        if ratio:
+            return max(1, self.epochs // ratio)
+        return options.saving.save_every_n_epochs
+
+
+def starting_position(options: Options, plan: StepPlan, progress: SavedProgress | None) -> Position:
+    """Where training begins: the resumed state's place, or what `--initial_*` and `--skip_until_initial_step` say."""
+    training = options.training
+    start = training.initial_step
+    if start is None and training.initial_epoch is not None:
+        start = (training.initial_epoch - 1) * plan.updates_per_epoch
+    if start is None:
+        return _resumed_position(plan, progress) if progress else Position()
+    if progress:
+        logger.warning("--initial_epoch/--initial_step is given: the step of the resumed state is not used.")
+    if not 0 <= start < plan.max_steps:
+        raise ValueError(f"The starting step {start} must be below the number of training steps ({plan.max_steps}).")
+    position = plan.position_after(start)
+    if training.skip_until_initial_step:
+        return position
+    logger.warning("Training starts at epoch %d; step numbers restart at 0.", position.epoch)
+    return Position(epoch=position.epoch)
+
+
+def _resumed_position(plan: StepPlan, progress: SavedProgress) -> Position:
+    position = progress.position
+    if not progress.is_exact:
+        return Position()
+    if position.step >= plan.max_steps:
+        raise ValueError(
+            f"The resumed state has done {position.step} steps already, and --max_train_steps asks for {plan.max_steps} "
+            "in all. Give a larger number of steps or epochs."
+        )
+    if progress.batches_per_epoch != plan.batches_per_epoch:
+        logger.warning(
+            "The data changed: %s batches per epoch in the resumed run, %d now. Training continues at step %d.",
+            progress.batches_per_epoch, plan.batches_per_epoch, position.step,
+        )
+        return plan.position_after(position.step)
+    return position
+
+
+class LossRecorder:
+    """Running mean over the last epoch's worth of batches: `avr_loss`."""
+
+    def __init__(self, losses: list[float] | None = None) -> None:
+        self.losses: list[float] = list(losses or [])
+        self._sum = math.fsum(self.losses)
+
+    def add(self, *, batch: int, loss: float, is_first_epoch: bool) -> None:
+        """Record the loss of batch number `batch` (0-based in its epoch); later epochs replace their entry."""
+        if is_first_epoch or batch >= len(self.losses):
+            self.losses.append(loss)
+            self._sum += loss
+        else:
+            self._sum += loss - self.losses[batch]
+            self.losses[batch] = loss
+
+    @property
+    def average(self) -> float:
+        """Mean of the recorded losses; 0 when there are none."""
+        return self._sum / len(self.losses) if self.losses else 0.0
+
+
+class LossModule(nn.Module):
+    """What accelerate wraps: its only registered parts are the trained ones, its forward is the method's loss."""
+
+    def __init__(self, method: TrainingMethod) -> None:
+        super().__init__()
+        self.trainable = method.trainable
+        self._method = method
+
+    def forward(self, batch: Batch, timesteps: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """Per-sample loss [B]."""
+        return self._method.loss(batch, timesteps, noise)
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one batch gave. `grad_norm` is None between accumulation boundaries and when clipping is off."""
+
+    loss: float
+    grad_norm: float | None = None
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One training run after set-up: it steps, counts, and knows how to pause for inference and to save its state."""
+
+    options: Options
+    accelerator: Accelerator
+    method: TrainingMethod
+    optimizer: CreatedOptimizer
+    lr_scheduler: Any
+    plan: StepPlan
+    seed: int
+    position: Position = field(default_factory=Position)
+    losses: LossRecorder = field(default_factory=LossRecorder)
+
+    def __post_init__(self) -> None:
+        module = LossModule(self.method)
+        self.model, self._stepper, self._schedule = self.accelerator.prepare(
+            module, self.optimizer.optimizer, self.lr_scheduler
+        )
+        self.model.train()
+
+    def scheduled_rates(self) -> list[float]:
+        """The learning rate of every optimizer group for the next step, as the scheduler reports it."""
+        return [float(rate) for rate in self.lr_scheduler.get_last_lr()]
+
+    def step(
+        self, batch: Batch, *, sync: bool, timesteps: Tensor | None = None, noise: Tensor | None = None
+    ) -> StepOutcome:
+        """Forward, backward and, at the end of an accumulation window, one optimizer step."""
+        accelerator, method = self.accelerator, self.method
+        accelerator.sync_gradients = sync
+        method.on_step_start()
+        grad_norm = None
+        with nullcontext() if sync else accelerator.no_sync(self.model):
+            loss = self.model(batch, timesteps, noise).mean()
+            accelerator.backward(loss)
+        if sync:
+            max_norm = self.options.optimizer.max_grad_norm
+            if max_norm:
+                norm = accelerator.clip_grad_norm_(method.trained_parameters(), max_norm)
+                grad_norm = None if norm is None else float(norm)
+            method.before_optimizer_step()
+            self._stepper.step()
+            self._schedule.step()
+            self._stepper.zero_grad(set_to_none=True)
+        return StepOutcome(float(loss.detach()), grad_norm, method.after_step(synced=sync))
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Samples, validation and saving: trained parts and schedule-free optimizers in eval mode, then back."""
+        with ExitStack() as stack:
+            stack.enter_context(self.method.inference())
+            if self.optimizer.is_schedule_free:
+                self.optimizer.optimizer.eval()
+                stack.callback(self.optimizer.optimizer.train)
+            yield
+
+    def _parts(self) -> TrainingParts:
+        return TrainingParts(
+            self.method.trainable, self.optimizer.optimizer, self.lr_scheduler, getattr(self.accelerator, "scaler", None)
+        )
+
+    def save_state(self, folder: Path) -> None:
+        """Write everything that an exact continuation needs; call on every process."""
+        progress = SavedProgress(self.position, self.seed, self.plan.batches_per_epoch, list(self.losses.losses))
+        accelerator = self.accelerator
+        if accelerator.is_main_process:
+            print(f"\nsaving state: {folder}", flush=True)
+        save_state(
+            folder, self._parts(), progress, rank=accelerator.process_index,
+            is_main_process=accelerator.is_main_process, wait=accelerator.wait_for_everyone,
+        )
+
+    def resume(self, folder: Path, progress: SavedProgress) -> None:
+        """Put back what `save_state` wrote; the last thing before the loop."""
+        load_state(folder, self._parts(), progress, rank=self.accelerator.process_index)
+        self.losses = LossRecorder(progress.recorded_losses)
+        logger.info("resumed from %s at step %d", folder, self.position.step)
+
+
+def resumed_progress(options: Options) -> SavedProgress | None:
+    """What the state given by `--resume` says, or None without one."""
+    return read_progress(Path(options.saving.resume)) if options.saving.resume else None

@@ -1,0 +1,254 @@
+"""The one training loop: every script of every family and method trains here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from library import devices, progress
+from library.config_util import DataConfig, describe, load_data_config
+from library.data.cache import CacheOptions, cache_latents
+from library.data.dataset import DatasetGroup, build_group
+from library.data.discovery import discover
+from library.data.loader import BatchLoader
+from library.families.base import ModelFamily
+from library.generation.training_samples import TrainingSampler
+from library.lr_schedulers import create_lr_scheduler
+from library.metadata import RunFacts, TrainingMetadata
+from library.methods.base import ParameterGroup, Placement, TrainingMethod
+from library.optimizers import create_optimizer
+from library.saving import Saver, SaveNames
+from library.train_util import (
+    Position,
+    Precision,
+    Run,
+    StepPlan,
+    make_accelerator,
+    resolve_seed,
+    resumed_progress,
+    starting_position,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.options import Options
+
+logger = logging.getLogger(__name__)
+
+
+def train(options: Options, family_class: type[ModelFamily], method_class: type[TrainingMethod]) -> None:
+    """Train what `method_class` trains on the model that `family_class` knows, as `options` say."""
+    started_at = time.time()
+    family = family_class(options)
+    method = method_class(options, family)
+    raise_problems(family.check_options() + method.check_options())
+    resumed = resumed_progress(options)
+    seed = resolve_seed(options, resumed)
+    devices.seed_all(seed)
+
+    group = load_data(options, family, method, seed)
+    if options.dataset.debug_dataset:
+        show_data(options, group)
+        return
+
+    accelerator = make_accelerator(options, started_at)
+    plan = StepPlan.make(options, len(group), accelerator.num_processes)
+    start = starting_position(options, plan, resumed)
+    placement = load_models(options, family, method, group, accelerator)
+    run, groups = make_run(options, method, placement, accelerator, plan, seed)
+    run.position = start
+    if resumed:
+        run.resume(Path(options.saving.resume), resumed)
+    run_epochs(run, group, groups, started_at)
+
+
+def raise_problems(problems: list[str]) -> None:
+    """One error that lists every problem with the options."""
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def load_data(options: Options, family: ModelFamily, method: TrainingMethod, seed: int) -> DatasetGroup:
+    """Dataset file or folders -> batches."""
+    config: DataConfig = load_data_config(
+        options.dataset, method.supported_data(), bucket_step=family.latent.bucket_step,
+        validation_split=options.validation.validation_split, validation_seed=options.validation.validation_seed,
+    )
+    records = [discover(dataset, index) for index, dataset in enumerate(config.datasets)]
+    group = build_group(
+        config, records, spec=family.latent, tokenize=family.tokenize, seed=seed,
+        prior_loss_weight=options.loss.prior_loss_weight,
+    )
+    logger.info("%s", describe(config, [len(found) for found in records]))
+    return group
+
+
+def show_data(options: Options, group: DatasetGroup) -> None:
+    """`--debug_dataset`: what the trainer would see, then the end."""
+    from library.data.loader import show_dataset
+
+    folder = Path(options.saving.output_dir or ".") / "debug_dataset"
+    show_dataset(group, folder)
+    print(f"dataset shown in {folder}; no training with --debug_dataset")
+
+
+def placement_for(options: Options, accelerator: Accelerator) -> Placement:
+    """Where and in which dtypes this run keeps its weights."""
+    precision = Precision.from_options(options)
+    return Placement(accelerator.device, precision.weight, precision.trained)
+
+
+def load_models(
+    options: Options, family: ModelFamily, method: TrainingMethod, group: DatasetGroup, accelerator: Accelerator
+) -> Placement:
+    """Files -> modules, and the caches that only need frozen models; the order keeps peak memory low."""
+    precision, placement = Precision.from_options(options), placement_for(options, accelerator)
+    family.load(
+        weight_dtype=precision.weight, vae_dtype=precision.vae,
+        device=accelerator.device if options.training.lowram else torch.device("cpu"),
+    )
+    method.before_caching(placement)
+    family.vae.to(accelerator.device)
+    if options.cache.cache_latents:
+        fill_latent_caches(options, family, group, accelerator)
+        family.vae.to("cpu")
+        devices.empty_cache()
+        accelerator.wait_for_everyone()
+    return placement
+
+
+def make_run(
+    options: Options, method: TrainingMethod, placement: Placement, accelerator: Accelerator, plan: StepPlan, seed: int
+) -> tuple[Run, list[ParameterGroup]]:
+    """Trained parts, optimizer and schedule on loaded models."""
+    groups = method.attach(placement)
+    if accelerator.process_index:
+        devices.seed_all(seed + accelerator.process_index)  # every process its own noise
+    optimizer = create_optimizer(options.optimizer, [group.for_optimizer() for group in groups])
+    scheduler = create_lr_scheduler(
+        options.optimizer, optimizer, num_training_steps=plan.max_steps * accelerator.num_processes,
+        num_processes=accelerator.num_processes,
+    )
+    return Run(options, accelerator, method, optimizer, scheduler, plan, seed), groups
+
+
+def fill_latent_caches(options: Options, family: ModelFamily, group: DatasetGroup, accelerator: Accelerator) -> None:
+    """`--cache_latents`: encode every image once, in memory or on disk."""
+    choices = CacheOptions(
+        to_disk=options.cache.cache_latents_to_disk, vae_batch_size=options.cache.vae_batch_size,
+        skip_check=options.cache.skip_cache_check, vae_identity=family.vae_identity,
+        high_vram=options.training.highvram,
+    )
+    with torch.no_grad():
+        report = cache_latents(
+            group, family.encode_images, spec=family.latent, options=choices, rank=accelerator.process_index,
+            world_size=accelerator.num_processes, device=accelerator.device,
+        )
+    logger.info("%s", report)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a run writes while it goes."""
+
+    saver: Saver
+    sampler: TrainingSampler
+    log: progress.RunLog
+
+
+def run_epochs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], started_at: float) -> None:
+    """The loop: epochs, batches, and what is due between them."""
+    options, accelerator, plan, method = run.options, run.accelerator, run.plan, run.method
+    out = make_outputs(run, group, groups, started_at)
+    loader = BatchLoader(
+        group, accumulation=plan.accumulation, rank=accelerator.process_index, world_size=accelerator.num_processes,
+        num_workers=options.dataset.max_data_loader_n_workers,
+        persistent_workers=options.dataset.persistent_data_loader_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    progress.print_banner(accelerator, options, group, plan)
+    sample(run, out, epoch=0, step=0, is_due=options.sampling.sample_at_first)
+
+    for epoch in range(run.position.epoch, plan.epochs + 1):
+        accelerator.print(f"\nepoch {epoch}/{plan.epochs}", flush=True)
+        method.on_epoch_start(epoch)
+        first = run.position.batch
+        batches = loader.epoch(epoch, start=first, first_step=run.position.step)
+        for index, batch in enumerate(batches, start=first):
+            synced = plan.is_sync(index)
+            outcome = run.step(batch.to(accelerator.device), sync=synced)
+            run.position = plan.next_position(run.position, index)
+            run.losses.add(batch=index, loss=outcome.loss, is_first_epoch=epoch == 1)
+            out.log.batch(outcome, synced=synced)
+            if synced:
+                step = run.position.step
+                sample(run, out, epoch=None, step=step, is_due=is_sample_step(options, step))
+                save_after_step(run, out, completed_epochs=epoch - 1)
+                if step >= plan.max_steps:
+                    break
+        out.log.scalars({"loss/epoch_average": run.losses.average}, step=epoch)
+        accelerator.wait_for_everyone()
+        with run.inference():
+            out.saver.after_epoch(epoch, plan.epochs, run.position.step)
+        sample(run, out, epoch=epoch, step=run.position.step, is_due=is_sample_epoch(options, epoch))
+
+    out.log.close()
+    with run.inference():
+        out.saver.at_end(plan.epochs, run.position.step)
+    accelerator.print("model saved.")
+
+
+def save_after_step(run: Run, out: Outputs, *, completed_epochs: int) -> None:
+    """`--save_every_n_steps`."""
+    if run.options.saving.save_every_n_steps and run.position.step % run.options.saving.save_every_n_steps == 0:
+        run.accelerator.wait_for_everyone()
+        with run.inference():
+            out.saver.after_step(run.position.step, completed_epochs)
+
+
+def is_sample_step(options: Options, step: int) -> bool:
+    """`--sample_every_n_steps`, unless samples are drawn by epoch."""
+    every = options.sampling.sample_every_n_steps
+    return bool(every) and options.sampling.sample_every_n_epochs is None and step % every == 0
+
+
+def is_sample_epoch(options: Options, epoch: int) -> bool:
+    """`--sample_every_n_epochs`."""
+    every = options.sampling.sample_every_n_epochs
+    return bool(every) and epoch % every == 0
+
+
+def sample(run: Run, out: Outputs, *, epoch: int | None, step: int, is_due: bool) -> None:
+    """Draw the sample images if they are due."""
+    if is_due:
+        with run.inference():
+            out.sampler.draw(run.method.family, epoch=epoch, step=step)
+
+
+def make_outputs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], started_at: float) -> Outputs:
+    """Saver, sampler and log of a run."""
+    options, accelerator, method = run.options, run.accelerator, run.method
+    precision = Precision.from_options(options)
+    names = SaveNames(Path(options.saving.output_dir), options.saving.output_name, method.file_extension)
+    metadata = TrainingMetadata(options, group, method, facts=run_facts(run, started_at))
+
+    def write_model(path: Path, epoch: int, steps: int) -> None:
+        method.save(path, dtype=precision.save, metadata=metadata.at(epoch=epoch, steps=steps))
+
+    saver = Saver(
+        options, names, run.plan.save_every_n_epochs(options), accelerator.is_main_process, write_model, run.save_state
+    )
+    sampler = TrainingSampler(options, accelerator=accelerator)
+    skipped = options.training.skip_until_initial_step
+    done = run.position.step
+    log = progress.RunLog(
+        run, [group.name for group in groups], method.tracker_name,
+        total=run.plan.max_steps - (done if skipped else 0), done=0 if skipped else done,
+    )
+    return Outputs(saver, sampler, log)

@@ -1,0 +1,215 @@
+"""Exact resume: everything that a straight run would have carried over the interruption, without a pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints.tensors import load_tensors, save_tensors
+from library.optimizers import load_optimizer_state, optimizer_state_tensors
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+POSITION_FILE = "train_state.json"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_SETTINGS_FILE = "optimizer.json"
+SCHEDULER_FILE = "scheduler.json"
+LEGACY_OPTIMIZER_FILE = "optimizer.bin"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: `batch` batches of `epoch` (1-based) are done, and `step` optimizer steps in all."""
+
+    epoch: int = 1
+    batch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class SavedProgress:
+    """The JSON part of a state."""
+
+    position: Position
+    seed: int | None = None
+    batches_per_epoch: int | None = None
+    recorded_losses: list[float] = field(default_factory=list)
+    is_exact: bool = True  # False: a state of another program, weights only
+
+
+class Stateful(Protocol):
+    """Learning-rate schedulers and gradient scalers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """The unwrapped objects whose state belongs to a run."""
+
+    trainable: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Stateful
+    scaler: Stateful | None = None
+
+
+def save_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, rank: int, is_main_process: bool,
+               wait: Any) -> None:
+    """Write a state folder; it appears under its name only when complete. `wait` is a barrier for all processes."""
+    scratch = folder.with_name(f"{folder.name}.incomplete")
+    if is_main_process:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    wait()
+    _save_random_states(scratch, rank)
+    if is_main_process:
+        save_tensors(scratch / MODEL_FILE, parts.trainable.state_dict(), metadata={"format": "pt"})
+        tensors, settings = optimizer_state_tensors(parts.optimizer)
+        save_tensors(scratch / OPTIMIZER_FILE, tensors, metadata={"format": "pt"})
+        _write_json(scratch / OPTIMIZER_SETTINGS_FILE, settings)
+        schedule = {"scheduler": parts.lr_scheduler.state_dict(), "scaler": parts.scaler and parts.scaler.state_dict()}
+        _write_json(scratch / SCHEDULER_FILE, schedule)
+        _write_json(scratch / POSITION_FILE, _position_json(progress))
+    wait()
+    if is_main_process:
+        _replace_folder(scratch, folder)
+    wait()
+
+
+def read_progress(folder: Path) -> SavedProgress:
+    """What a state says about its run. Raises FileNotFoundError/ValueError for something that is no state."""
+    interrupted = folder.with_name(f"{folder.name}.old")
+    if not folder.exists() and interrupted.is_dir():  # killed between the two renames of `_replace_folder`
+        os.replace(interrupted, folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--resume {folder}: no such folder. Give the path of a saved state (…-state).")
+    path = folder / POSITION_FILE
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "format" not in saved:
+        if not (folder / MODEL_FILE).is_file():
+            raise ValueError(f"--resume {folder}: holds neither {POSITION_FILE} nor {MODEL_FILE}; it is no saved state.")
+        return SavedProgress(Position(step=int(saved.get("current_step", 0))), is_exact=False)
+    if saved["format"] != FORMAT:
+        raise ValueError(f"--resume {folder}: written by a newer version (format {saved['format']}, known: {FORMAT}).")
+    return SavedProgress(
+        position=Position(**saved["position"]), seed=saved["seed"], batches_per_epoch=saved["batches_per_epoch"],
+        recorded_losses=saved["recorded_losses"],
+    )
+
+
+def load_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, rank: int) -> None:
+    """Put a state back; call it after everything random in the set-up has happened."""
+    _load_weights(folder, parts.trainable)
+    if not progress.is_exact:
+        logger.warning(
+            "%s was written by another program: only its weights are used. Optimizer, learning-rate schedule, random "
+            "generators and the position start anew.", folder,
+        )
+        return
+    settings = _read_json(folder / OPTIMIZER_SETTINGS_FILE)
+    load_optimizer_state(parts.optimizer, load_tensors(folder / OPTIMIZER_FILE), settings)
+    schedule = _read_json(folder / SCHEDULER_FILE)
+    parts.lr_scheduler.load_state_dict(schedule["scheduler"])
+    if parts.scaler is not None and schedule["scaler"]:
+        parts.scaler.load_state_dict(schedule["scaler"])
+    _load_random_states(folder, rank)
+
+
+def _load_weights(folder: Path, trainable: nn.Module) -> None:
+    saved = load_tensors(folder / MODEL_FILE)
+    expected = trainable.state_dict().keys()
+    if saved.keys() != expected:  # a state of the reference holds the network alone, without our leading name
+        prefixes = {name.split(".", 1)[0] for name in expected}
+        if len(prefixes) == 1:
+            prefix = prefixes.pop()
+            saved = {f"{prefix}.{name}": tensor for name, tensor in saved.items()}
+    missing, unexpected = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"--resume {folder}: the state does not fit what is trained now ({len(missing)} weights are missing, e.g. "
+            f"{missing[:3]}; {len(unexpected)} are unknown, e.g. {unexpected[:3]}). Resume with the options of the "
+            "interrupted run."
+        )
+    try:
+        trainable.load_state_dict(saved)
+    except RuntimeError as error:
+        raise ValueError(f"--resume {folder}: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _position_json(progress: SavedProgress) -> dict[str, Any]:
+    position = progress.position
+    current_epoch = position.epoch if position.batch else max(1, position.epoch - 1)  # the last one with a batch done
+    return {
+        "format": FORMAT, "current_epoch": current_epoch, "current_step": position.step, "position": asdict(position),
+        "seed": progress.seed, "batches_per_epoch": progress.batches_per_epoch,
+        "recorded_losses": progress.recorded_losses,
+    }
+
+
+def _save_random_states(folder: Path, rank: int) -> None:
+    tensors: dict[str, Tensor] = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    states = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
+    }
+    save_tensors(folder / f"random_states_{rank}.safetensors", tensors, metadata={"format": "pt"})
+    _write_json(folder / f"random_states_{rank}.json", states)
+
+
+def _load_random_states(folder: Path, rank: int) -> None:
+    path = folder / f"random_states_{rank}.json"
+    if not path.is_file():
+        logger.warning("%s has no random state for process %d: noise will differ from an uninterrupted run.", folder, rank)
+        return
+    states = _read_json(path)
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    tensors = load_tensors(path.with_suffix(".safetensors"))
+    torch.set_rng_state(tensors.pop("torch"))
+    if tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([tensors[name] for name in sorted(tensors, key=lambda n: int(n.split(".")[1]))])
+
+
+def _replace_folder(scratch: Path, folder: Path) -> None:
+    """Rename `scratch` to `folder`; an earlier one stays whole until the new one is in place."""
+    if folder.exists():
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(scratch, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(scratch, folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume {path.parent}: {path.name} is missing; the state is not complete.")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,103 @@
+"""Typed access to the key=value arguments of a network (`--network_args`), with errors that name the argument."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_TRUE = {"true", "1", "yes"}
+_FALSE = {"false", "0", "no"}
+
+
+class NetworkArguments:
+    """Reads values that are text (command line) or numbers (other tools) and remembers which keys were asked for."""
+
+    def __init__(self, values: Mapping[str, Any], network: str) -> None:
+        self.values = dict(values)
+        self.network = network
+        self._known = {"dropout"}  # trainers pass it on top of neuron_dropout, for other networks
+
+    def integer(self, key: str, default: int | None = None) -> int | None:
+        """A whole number, or `default` if the argument is absent."""
+        return self._read(key, default, int, "a whole number")
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        """A finite number, or `default` if the argument is absent."""
+        return self._read(key, default, _finite, "a number")
+
+    def probability(self, key: str) -> float | None:
+        """A number in [0, 1], or None if the argument is absent."""
+        return checked_probability(self._read(key, None, _finite, "a number"), f"network argument {key}")
+
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """true/1/yes or false/0/no in any case, or `default` if the argument is absent."""
+        return bool(self._read(key, default, _boolean, "true or false"))
+
+    def text(self, key: str) -> str | None:
+        """The value as text, or None if the argument is absent."""
+        return self._read(key, None, str, "text")
+
+    def integers(self, key: str) -> list[int] | None:
+        """Comma-separated whole numbers."""
+        return self._read(key, None, _list_of(int), "whole numbers separated by commas")
+
+    def numbers(self, key: str) -> list[float] | None:
+        """Comma-separated numbers."""
+        return self._read(key, None, _list_of(_finite), "numbers separated by commas")
+
+    def select(self, *keys: str) -> dict[str, Any]:
+        """The given arguments that are present, uninterpreted."""
+        self._known.update(keys)
+        return {key: self.values[key] for key in keys if self.values.get(key) is not None}
+
+    def warn_unknown(self) -> None:
+        """One warning that lists the arguments which no reader asked for."""
+        unknown = sorted(self.values.keys() - self._known)
+        if unknown:
+            known = ", ".join(sorted(self._known - {"dropout"}))
+            logger.warning("%s ignores unknown network arguments: %s. Known: %s", self.network, ", ".join(unknown), known)
+        if isinstance(self.values.get("dropout"), str):
+            logger.warning("%s ignores the network argument dropout; use --network_dropout", self.network)
+
+    def _read(self, key: str, default: Any, convert: Callable[[Any], Any], expected: str) -> Any:
+        self._known.add(key)
+        value = self.values.get(key)
+        if value is None:
+            return default
+        try:
+            return convert(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"network argument {key}={value}: expected {expected}.") from error
+
+
+def checked_probability(value: float | None, origin: str) -> float | None:
+    """`value` if it is None or in [0, 1]; otherwise ValueError."""
+    if value is not None and not 0.0 <= value <= 1.0:
+        raise ValueError(f"{origin} is {value}; a dropout probability lies between 0 and 1.")
+    return value
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text not in _TRUE | _FALSE:
+        raise ValueError(value)
+    return text in _TRUE
+
+
+def _list_of(convert: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    def read(value: Any) -> list[Any]:
+        items = value.split(",") if isinstance(value, str) else value
+        return [convert(item) for item in items]
+
+    return read

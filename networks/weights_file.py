@@ -1,0 +1,106 @@
+"""Reading and writing network files: casts, hashes in the metadata, ranks, and what in a file cannot be used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.checkpoints.tensors import is_safetensors, load_tensors, save_pickle, save_tensors
+from library.hashes import network_hashes
+
+logger = logging.getLogger(__name__)
+
+#: parts of keys that belong to algorithms which LoRA modules cannot express
+FOREIGN_PARTS = ("lora_mid", "dora_scale", "hada_", "lokr_", "oft_", "glora", "diff", "lora_A", "lora_B")
+
+
+def save_network_file(
+    path: str | Path, state: Mapping[str, Tensor], *, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+) -> None:
+    """Write a network's tensors atomically, cast to `dtype` if given.
+
+    A safetensors file gets `metadata` and the hashes `sshs_model_hash` and `sshs_legacy_hash` of the cast tensors;
+    any other extension is a torch pickle without metadata.
+    """
+    tensors = {key: _for_file(value, dtype) for key, value in state.items()}
+    if not is_safetensors(path):
+        save_pickle(path, tensors)
+        return
+    texts = dict(metadata or {})
+    model_hash, legacy_hash = network_hashes(tensors, texts)
+    save_tensors(path, tensors, metadata=texts | {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash})
+
+
+def _for_file(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    copy = value.detach().to("cpu", dtype if value.is_floating_point() else None)
+    return copy.clone() if copy.data_ptr() == value.data_ptr() else copy
+
+
+def load_network_file(path: str | Path, *, option: str = "--network_weights") -> dict[str, Tensor]:
+    """All tensors of a network file. Raises FileNotFoundError that names the option."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{option}: {path} does not exist.")
+    return load_tensors(path)
+
+
+def ranks_and_alphas(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
+    """Module name -> (rank, alpha) of the LoRA modules in a file; a module without alpha has alpha = rank."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for key, value in weights.items():
+        module, dot, parameter = key.partition(".")
+        if not dot:
+            continue
+        if parameter == "alpha":
+            alphas[module] = float(value.float())
+        elif parameter == "lora_down.weight":
+            ranks[module] = value.shape[0]
+    return {module: (rank, alphas.get(module) or float(rank)) for module, rank in ranks.items()}
+
+
+def with_alphas(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with alpha = rank added for modules of old files that have none."""
+    complete = dict(weights)
+    for module, (_, alpha) in ranks_and_alphas(weights).items():
+        complete.setdefault(f"{module}.alpha", torch.tensor(alpha))
+    return complete
+
+
+def check_usable(weights: Mapping[str, Any], expected: Collection[str], *, source: str) -> None:
+    """One warning about the keys of a file that fit nowhere; ValueError if none fits."""
+    unused = [key for key in weights if key not in expected]
+    if len(unused) == len(weights):
+        example = next(iter(weights), "no keys at all")
+        raise ValueError(
+            f"{source}: none of its {len(weights)} tensors belongs to this network (first key: {example}). "
+            "Is it a file for another model family or another kind of network?"
+        )
+    if not unused:
+        return
+    modules = sorted({key.partition(".")[0] for key in unused})
+    foreign = sorted({part for key in unused for part in FOREIGN_PARTS if part in key.partition(".")[2]})
+    reason = f" (parts of other algorithms: {', '.join(foreign)})" if foreign else ""
+    logger.warning(
+        "%s: %d tensors of %d modules are not used%s, for example %s",
+        source, len(unused), len(modules), reason, ", ".join(modules[:5]),
+    )  # fmt: skip
+
+
+def check_ranks(weights: Mapping[str, Tensor], ranks: Mapping[str, int], *, source: str) -> None:
+    """ValueError that names the first module whose rank in the file differs from the network's."""
+    wrong = [
+        (module, rank, ranks[module])
+        for module, (rank, _) in ranks_and_alphas(weights).items()
+        if module in ranks and ranks[module] != rank
+    ]
+    if wrong:
+        module, in_file, in_network = wrong[0]
+        raise ValueError(
+            f"{source}: {len(wrong)} modules have another rank than the network, for example {module}: {in_file} in the "
+            f"file, {in_network} in the network. Use --dim_from_weights, or set --network_dim and --network_args to match."
+        )

@@ -1,0 +1,140 @@
+"""Bucket tables, sizing, crops and statistics against frozen reference values and general properties."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from library.data import buckets
+from library.data.buckets import Bucketing, Placement
+
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "buckets.json").read_text(encoding="utf-8"))
+EXAMPLES = [(group["input"], case) for group in GOLDEN["worked_examples"] for case in group["examples"]]
+
+
+def bucketing(given_input: dict[str, Any]) -> Bucketing:
+    if not given_input["enable_bucket"]:
+        return Bucketing(tuple(given_input["resolution"]))
+    return Bucketing(
+        tuple(given_input["resolution"]), enabled=True, minimum=given_input["min_bucket_reso"],
+        maximum=given_input["max_bucket_reso"], step=given_input["bucket_reso_steps"],
+        no_upscale=given_input["bucket_no_upscale"],
+    )
+
+
+@pytest.mark.parametrize("table", GOLDEN["bucket_tables"], ids=lambda t: str(t["input"]["resolution"]))
+def test_bucket_list_equals_reference(table: dict[str, Any]) -> None:
+    options = table["input"]
+    sizes = buckets.bucket_sizes(
+        tuple(options["resolution"]), minimum=options["min_bucket_reso"], maximum=options["max_bucket_reso"],
+        step=options["bucket_reso_steps"],
+    )
+    assert [list(size) for size in sizes] == table["resolutions"]
+    assert len(sizes) == table["count"]
+
+
+@pytest.mark.parametrize(("options", "case"), EXAMPLES)
+def test_worked_example(options: dict[str, Any], case: dict[str, Any]) -> None:
+    image = tuple(case["image"])
+    placement = bucketing(options).place(image)
+    assert list(placement.bucket) == case["bucket"]
+    assert list(placement.resized) == case["resized"]
+    assert placement.aspect_error == pytest.approx(case["ar_error"], abs=1e-9)
+    left, top = buckets.crop_offset(placement.resized, placement.bucket)
+    width, height = placement.bucket
+    assert [left, top, left + width, top + height] == case["crop_box"]
+    ltrb = buckets.crop_ltrb(image, placement.bucket)
+    assert list(ltrb) == pytest.approx(case["crop_ltrb"], abs=1e-9)
+    assert list(buckets.crop_top_left(ltrb, width, is_flipped=False)) == case["crop_top_left"]
+    assert list(buckets.crop_top_left(ltrb, width, is_flipped=True)) == case["crop_top_left_flipped"]
+    assert [height, width] == case["target_size_hw"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["min_max_adjustment"], ids=str)
+def test_limits_are_adjusted_to_the_step(case: dict[str, Any]) -> None:
+    def adjust() -> tuple[int, int]:
+        return buckets.adjust_limits(
+            tuple(case["resolution"]), minimum=case["min_bucket_reso"], maximum=case["max_bucket_reso"],
+            step=case["bucket_reso_steps"],
+        )
+
+    if "error" in case:
+        with pytest.raises(ValueError, match=case["error"].replace(" smallest", " the smallest").replace(
+            " largest", " the largest"
+        ).replace("_reso ", "_reso = [0-9]+ (is )?")):
+            adjust()
+    else:
+        assert list(adjust()) == case["adjusted"]
+
+
+side = st.integers(64, 4096)
+
+
+@settings(max_examples=200, deadline=None)
+@given(width=side, height=side, resolution=st.sampled_from([512, 768, 1024]), no_upscale=st.booleans())
+def test_resized_image_covers_its_bucket(width: int, height: int, resolution: int, no_upscale: bool) -> None:
+    rules = Bucketing((resolution, resolution), enabled=True, minimum=256, maximum=2048, no_upscale=no_upscale)
+    try:
+        placement = rules.place((width, height))
+    except ValueError as error:
+        assert no_upscale and "empty bucket" in str(error)
+        return
+    assert placement.resized[0] >= placement.bucket[0] and placement.resized[1] >= placement.bucket[1]
+    assert placement.bucket[0] % 64 == 0 and placement.bucket[1] % 64 == 0
+    if no_upscale:
+        assert placement.resized[0] <= width and placement.resized[1] <= height
+        assert placement.bucket[0] * placement.bucket[1] <= resolution * resolution
+    else:
+        assert placement.bucket in rules.sizes
+        assert placement.resized[0] == placement.bucket[0] or placement.resized[1] == placement.bucket[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(width=side, height=side)
+def test_letterbox_keeps_the_aspect_ratio_and_stays_inside(width: int, height: int) -> None:
+    bucket = Bucketing((512, 512), enabled=True).place((width, height)).bucket
+    left, top, right, bottom = buckets.crop_ltrb((width, height), bucket)
+    assert (right - left) / (bottom - top) == pytest.approx(width / height)
+    assert 0 <= left <= right <= bucket[0] + 1e-6 and 0 <= top <= bottom <= bucket[1] + 1e-6
+
+
+@settings(max_examples=50, deadline=None)
+@given(a=st.integers(128, 1536), b=st.integers(128, 1536), step=st.sampled_from([8, 16, 32, 64]))
+def test_bucket_areas_never_exceed_the_resolution(a: int, b: int, step: int) -> None:
+    sizes = buckets.bucket_sizes((a, b), minimum=128, maximum=2048, step=step)
+    assert sizes == sorted(set(sizes))
+    assert all(w * h <= a * b and w % step == h % step == 0 for w, h in sizes)
+
+
+def test_exact_size_beats_a_nearer_earlier_ratio() -> None:
+    assert buckets.choose_bucket((512, 1024), [(256, 512), (512, 1024)]) == (512, 1024)
+    assert buckets.choose_bucket((300, 600), [(256, 512), (512, 1024)]) == (256, 512)
+
+
+def test_tiny_image_without_upscaling_is_refused_with_its_size() -> None:
+    with pytest.raises(ValueError, match="63x200.*bucket_reso_steps = 64"):
+        Bucketing((512, 512), enabled=True, no_upscale=True).place((63, 200))
+    with pytest.raises(ValueError, match="empty bucket"):
+        Bucketing((512, 512), enabled=True, no_upscale=True).place((100000, 100))
+
+
+def test_empty_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="0x0"):
+        Bucketing((512, 512)).place((0, 0))
+
+
+def test_statistics_count_repeats_and_list_used_buckets_in_order() -> None:
+    placements = [
+        (Placement((512, 512), (512, 512), 0.25), 3), (Placement((384, 640), (384, 640), -0.75), 2),
+        (Placement((512, 512), (512, 512), 0.5), 1), (Placement((64, 64), (64, 64), 0.5), 0),
+    ]
+    assert buckets.statistics(placements) == {
+        "buckets": {"0": {"resolution": [384, 640], "count": 2}, "1": {"resolution": [512, 512], "count": 4}},
+        "mean_img_ar_error": 0.5,
+    }
+    assert buckets.statistics([]) == {"buckets": {}, "mean_img_ar_error": 0.0}

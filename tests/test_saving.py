@@ -1,0 +1,131 @@
+"""Names and rotation of saved files, counting of steps, and where a run starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from library.options import make_options
+from library.saving import Retention, Saver, SaveNames
+from library.train_util import LossRecorder, StepPlan, starting_position
+from library.training_state import Position, SavedProgress
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_math.json").read_text(encoding="utf-8"))["checkpoint_names"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_file_names_are_those_that_users_know(named):
+    names = SaveNames(Path(), "myrun" if named else None, ".safetensors")
+    assert str(names.epoch(3)) == GOLDEN["epoch_3"][named]
+    assert str(names.step(50)) == GOLDEN["step_50"][named]
+    assert str(names.last()) == GOLDEN["last"][named]
+
+
+def test_expired_epochs_and_steps_match_the_recorded_ones():
+    epochs, steps = GOLDEN["remove_epoch"], GOLDEN["remove_step"]
+    by_epoch = Retention(epochs["save_every_n_epochs"], epochs["save_last_n_epochs"])
+    by_step = Retention(steps["save_every_n_steps"], steps["save_last_n_steps"])
+    assert {k: by_epoch.expired_epoch(int(k)) for k in epochs["by_epoch"]} == epochs["by_epoch"]
+    assert {k: by_step.expired_step(int(k)) for k in steps["by_step"]} == steps["by_step"]
+    assert Retention(10, 30).expired_step(50) == 10
+    assert Retention(2, 3).expired_epoch(10) == 4
+
+
+def make_saver(options, folder: Path, events: list[str]) -> Saver:
+    def write_model(path: Path, epoch: int, steps: int) -> None:
+        path.write_text(f"{epoch} {steps}")
+        events.append(f"model {path.name}")
+
+    def write_state(path: Path) -> None:
+        path.mkdir(parents=True)
+        events.append(f"state {path.name}")
+
+    every = options.saving.save_every_n_epochs
+    return Saver(options, SaveNames(folder, "run", ".safetensors"), every, True, write_model, write_state)
+
+
+def test_rotation_keeps_the_last_epochs_and_never_saves_the_final_epoch_twice(tmp_path, capsys):
+    options = make_options(
+        output_dir=str(tmp_path), save_every_n_epochs=1, save_last_n_epochs=2, save_last_n_epochs_state=1, save_state=True
+    )
+    events: list[str] = []
+    saver = make_saver(options, tmp_path, events)
+    for epoch in range(1, 6):
+        saver.after_epoch(epoch, 5, epoch * 10)
+    saver.at_end(5, 50)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {
+        "run-000003.safetensors", "run-000004.safetensors", "run-000004-state", "run.safetensors", "run-state",
+    }
+    assert events[-2:] == ["state run-state", "model run.safetensors"]
+    assert (tmp_path / "run.safetensors").read_text() == "5 50"
+    assert f"saving checkpoint: {tmp_path / 'run.safetensors'}" in capsys.readouterr().out.splitlines()
+
+
+def test_step_saves_carry_the_number_of_completed_epochs(tmp_path):
+    options = make_options(output_dir=str(tmp_path), save_every_n_steps=10, save_last_n_steps=10)
+    saver = make_saver(options, tmp_path, [])
+    for step in range(1, 41):
+        saver.after_step(step, step // 20)
+    assert {path.name for path in tmp_path.iterdir()} == {"run-step00000030.safetensors", "run-step00000040.safetensors"}
+    assert (tmp_path / "run-step00000030.safetensors").read_text() == "1 30"
+
+
+def test_step_plan_counts_as_users_know_it():
+    options = make_options(max_train_epochs=10, gradient_accumulation_steps=4)
+    plan = StepPlan.make(options, 103, 2)
+    assert (plan.max_steps, plan.updates_per_epoch, plan.epochs, plan.batches_per_epoch) == (130, 13, 10, 52)
+    assert StepPlan.make(make_options(), 100, 1).max_steps == 1600
+    assert StepPlan.make(make_options(), 100, 1).epochs == 16
+    ratio = StepPlan.make(make_options(max_train_epochs=10), 5, 1)
+    assert ratio.save_every_n_epochs(make_options(save_n_epoch_ratio=3, save_every_n_epochs=9)) == 3
+
+
+def test_a_short_last_window_steps_too():
+    plan = StepPlan(batches_per_epoch=5, accumulation=2, max_steps=6, epochs=2)
+    position, visited = Position(), []
+    for _ in range(2):
+        for batch in range(5):
+            position = plan.next_position(position, batch)
+            visited.append(position)
+    assert visited[4] == Position(2, 0, 3)
+    assert visited[-1] == Position(3, 0, 6)
+    assert [p.step for p in visited] == [0, 1, 1, 2, 3, 3, 4, 4, 5, 6]
+    assert all(plan.position_after(p.step) == p for p in visited if plan.is_sync((p.batch - 1) % 5))
+
+
+def test_skipping_keeps_the_step_numbers_and_plain_initial_epoch_restarts_them(caplog):
+    plan = StepPlan(batches_per_epoch=6, accumulation=2, max_steps=30, epochs=10)
+    skipping = make_options(initial_step=7, skip_until_initial_step=True)
+    assert starting_position(skipping, plan, None) == Position(epoch=3, batch=2, step=7)
+    with caplog.at_level(logging.WARNING):
+        assert starting_position(make_options(initial_epoch=4), plan, None) == Position(epoch=4)
+    assert "epoch 4" in caplog.text
+    with pytest.raises(ValueError, match="30"):
+        starting_position(make_options(initial_step=30), plan, None)
+
+
+def test_resume_continues_exactly_where_the_state_was_written():
+    plan = StepPlan(batches_per_epoch=6, accumulation=2, max_steps=30, epochs=10)
+    progress = SavedProgress(Position(3, 2, 7), seed=1, batches_per_epoch=6)
+    assert starting_position(make_options(), plan, progress) == Position(3, 2, 7)
+    changed_data = SavedProgress(Position(3, 2, 7), seed=1, batches_per_epoch=9)
+    assert starting_position(make_options(), plan, changed_data) == plan.position_after(7)
+    with pytest.raises(ValueError, match="30 steps already"):
+        starting_position(make_options(), plan, SavedProgress(Position(11, 0, 30), seed=1, batches_per_epoch=6))
+
+
+def test_the_running_loss_averages_the_last_epoch_of_batches():
+    recorder = LossRecorder()
+    assert recorder.average == 0.0
+    for batch, loss in enumerate([4.0, 2.0]):
+        recorder.add(batch=batch, loss=loss, is_first_epoch=True)
+    assert recorder.average == 3.0
+    recorder.add(batch=0, loss=1.0, is_first_epoch=False)
+    assert recorder.average == 1.5
+    late = LossRecorder()
+    late.add(batch=3, loss=5.0, is_first_epoch=False)
+    assert late.average == 5.0
