@@ -58,8 +58,8 @@ def single_file_tensors(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """All tensors under the names of the original SD 1.x single-file layout."""
-    unet_tensors = dict(layout_unet.to_original(TensorDict(unet.state_dict()), linear_projection=False))
-    vae_tensors = dict(layout_vae.to_compvis(TensorDict(vae.state_dict())))
+    unet_tensors = dict(layout_unet.to_original(TensorDict(unet.state_dict(), source="U-Net"), linear_projection=False))
+    vae_tensors = dict(layout_vae.to_compvis(TensorDict(vae.state_dict(), source="VAE")))
     text = {name.removeprefix("text_model."): tensor for name, tensor in text_encoder.state_dict().items()}
     text = {name: tensor for name, tensor in text.items() if not name.endswith("position_ids")}
     return {

@@ -61,13 +61,13 @@ def folder_configuration(options: Any, supported: SupportedKinds) -> tuple[dict[
     Raises ConfigError when the options do not name training data.
     """
     if supported.kinds() == ("controlnet",):
-        subsets, source = _conditioning_subset(options), "--train_data_dir"
+        subsets, source = _conditioning_subset(options), f"--train_data_dir {options.train_data_dir}"
     else:
         _refuse_mask_without_file(options)
         if supported.fine_tuning and (getattr(options, "in_json", None) or not supported.dreambooth):
-            subsets, source = _metadata_subset(options), "--in_json"
+            subsets, source = _metadata_subset(options), f"--in_json {options.in_json}"
         else:
-            subsets, source = _named_folder_subsets(options), "--train_data_dir"
+            subsets, source = _named_folder_subsets(options), f"--train_data_dir {options.train_data_dir}"
     return {"datasets": [{"subsets": subsets}]}, source
 
 
@@ -115,10 +115,8 @@ def _named_folder_subsets(options: Any) -> list[dict[str, Any]]:
     training = _subsets_of(train_dir, is_reg=False)
     if not training:
         raise ConfigError(
-            [
-                f"No data found in --train_data_dir {train_dir}: it must contain directories named "
-                "<repeats>_<class words>, for example `10_sks dog`, which hold the images"
-            ]
+            f"No data found in --train_data_dir {train_dir}: it must contain directories named "
+            "<repeats>_<class words>, for example `10_sks dog`, which hold the images"
         )
     return training + (_subsets_of(reg_dir, is_reg=True) if reg_dir else [])
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.config_schema import (
     DATASET_KEYS,
@@ -26,6 +27,9 @@ from library.config_sources import (
     warn_about_ignored_options,
 )
 from library.config_validation import CheckedDataset, Validator, Values
+
+if TYPE_CHECKING:
+    from library.data.records import ImageRecord
 
 __all__ = [
     "ConfigError",
@@ -57,13 +61,13 @@ def load_data_config(
     resolution_step: int = 8,
     validation_split: float | None = None,
     validation_seed: int | None = None,
-    seed: int | None = None,
 ) -> DataConfig:
     """The datasets that the options (`options.dataset`) describe, with every value decided.
 
     A value comes from the first place that has it: subset, dataset, `[general]`, command line, built-in default.
     `bucket_step` is the unit that `bucket_reso_steps` must be a multiple of, `resolution_step` the unit of an
-    un-bucketed resolution; `seed` stands in for a validation seed. Raises ConfigError with every problem.
+    un-bucketed resolution; `validation_seed` is the option, or `--seed` without it. Raises ConfigError with every
+    problem of the source.
     """
     path = getattr(dataset_options, "dataset_config", None)
     if path:
@@ -74,13 +78,11 @@ def load_data_config(
     validator = Validator(source, supported)
     overrides = {"validation_split": validation_split, "validation_seed": validation_seed}
     command_line = validator.command_line(_option_values(dataset_options) | overrides)
-    if command_line.get("validation_seed") is None and seed is not None:
-        command_line["validation_seed"] = seed
     general, checked = validator.read(raw)
     datasets = []
     for index, entry in enumerate(checked):
         if entry.kind is not None:
-            location = f"{source}, datasets[{index}]" if path else source
+            location = f"{source}, datasets[{index}]" if path else ""
             datasets.append(_decide(entry, entry.kind, [general, command_line], location))
     for dataset in datasets:
         if not validator.invalid & _SIZE_KEYS:
@@ -93,10 +95,13 @@ def load_data_config(
     return DataConfig(tuple(_align_bucket_range(dataset) for dataset in datasets), source, from_file=bool(path))
 
 
-def describe(config: DataConfig, counts: Sequence[Sequence[int]]) -> str:
-    """A text for the log: every dataset with its settings, every subset with its options and `counts[i][j]` images."""
+def describe(config: DataConfig, records: Sequence[Sequence[ImageRecord]]) -> str:
+    """A text for the log: every dataset with its settings, every subset with its options and its images.
+
+    `records[i]` are those of dataset i.
+    """
     lines = [f"{len(config.datasets)} dataset(s) from {config.source}"]
-    for index, (dataset, images) in enumerate(zip(config.datasets, counts, strict=True)):
+    for index, (dataset, images) in enumerate(zip(config.datasets, records, strict=True)):
         width, height = dataset.resolution
         lines.append(f"[dataset {index}] {dataset.kind}")
         lines.append(f"  batch_size: {dataset.batch_size}, resolution: {width}x{height}")
@@ -110,9 +115,10 @@ def describe(config: DataConfig, counts: Sequence[Sequence[int]]) -> str:
             lines.append("  buckets: off")
         if dataset.network_multiplier != 1:
             lines.append(f"  network_multiplier: {dataset.network_multiplier}")
-        for number, (subset, count) in enumerate(zip(dataset.subsets, images, strict=True)):
+        counts = Counter(record.subset_index for record in images)
+        for number, subset in enumerate(dataset.subsets):
             place = subset.image_dir or subset.metadata_file
-            lines.append(f"  [subset {number}] {count} images x {subset.num_repeats} repeats in {place}")
+            lines.append(f"  [subset {number}] {counts[number]} images x {subset.num_repeats} repeats in {place}")
             lines += [f"    {name}: {value!r}" for name, value in _changed_values(subset).items()]
     return "\n".join(lines)
 
@@ -134,19 +140,21 @@ def _option_values(options: Any) -> dict[str, Any]:
 
 
 def _decide(entry: CheckedDataset, kind: Kind, wider: list[Values], location: str) -> DatasetConfig:
-    """The dataset with each value from the nearest layer; a missing resolution becomes (0, 0)."""
+    """The dataset with each value from the nearest layer; a missing resolution becomes (0, 0).
+
+    `location` is the place in the dataset file; without one, the directories name the subsets in messages.
+    """
     layers = [entry.values, *wider]
-    from_file = location.endswith("]")
     subsets = tuple(
         SubsetConfig(
             kind=kind,
-            location=f"{location}.subsets[{index}]" if from_file else location,
+            location=f"{location}.subsets[{index}]" if location else str(own.get("image_dir", own.get("metadata_file"))),
             **_first(SUBSET_KEYS, kind, [own, *layers]),
         )
         for index, own in enumerate(entry.subsets)
     )
     values = {"resolution": (0, 0)} | _first(DATASET_KEYS, kind, layers)
-    return DatasetConfig(kind=kind, location=location, subsets=subsets, **values)
+    return DatasetConfig(kind=kind, location=location or "command line", subsets=subsets, **values)
 
 
 def _first(keys: Mapping[str, Key], kind: Kind, layers: list[Values]) -> Values:
@@ -178,7 +186,7 @@ def _subset_problems(dataset: DatasetConfig) -> list[str]:
 def _size_problems(dataset: DatasetConfig, bucket_step: int, resolution_step: int) -> list[str]:
     where, (width, height), steps = dataset.location, dataset.resolution, dataset.bucket_reso_steps
     if not width:
-        return [f"{where}: resolution is required; set it there, in [general], or with --resolution"]
+        return [f"{where}: resolution is required: give --resolution, or set it in [general] or [[datasets]]"]
     if not dataset.enable_bucket:
         if width % resolution_step or height % resolution_step:
             size = f"resolution {width}x{height}"

@@ -136,11 +136,12 @@ class Validator:
         if name in COMMAND_LINE_ONLY:
             return f"; it can only be given on the command line, as --{name}"
         if name in OPTION_NAMES:
-            return f"; in a dataset file this is {self._with_levels(OPTION_NAMES[name])}"
+            return f"; in a dataset file this is {_with_levels(OPTION_NAMES[name])}"
         key = KEYS.get(name)
         if key is None:
-            near = get_close_matches(name, [*KEYS, "general", "datasets", "subsets"], n=1)
-            return f"; did you mean {self._with_levels(near[0])}?" if near else ""
+            known = ["general", "datasets"] if level is None else [*KEYS, "subsets"]
+            near = get_close_matches(name, known, n=1)
+            return f"; did you mean {_with_levels(near[0])}?" if near else ""
         if key.is_caption_dropout and not self.supported.caption_dropout:
             return "; this script has no caption dropout"
         if not any(supported in key.kinds for supported in self.supported.kinds()):
@@ -149,13 +150,7 @@ class Validator:
             return f"; only for {_names(key.kinds)} datasets, which this script does not train"
         if kind is not None and kind not in key.kinds:
             return f"; this is a {KIND_NAMES[kind]} dataset, and the key is only for {_names(key.kinds)}"
-        return f"; {self._with_levels(name)}"
-
-    def _with_levels(self, name: str) -> str:
-        if name not in KEYS:
-            return {"general": "[general]", "datasets": "[[datasets]]"}.get(name, "[[datasets.subsets]]")
-        levels = [LEVEL_NAMES[level] for level in KEYS[name].levels]
-        return f"{name}, valid in {' and '.join([', '.join(levels[:-1]), levels[-1]] if levels[:-1] else levels)}"
+        return f"; it is valid only in {_levels_of(name)}"
 
     def _is_table(self, value: Any, path: str) -> bool:
         if isinstance(value, Mapping):
@@ -170,6 +165,18 @@ class Validator:
             self.report(path, f"{expected('list')}; in TOML, a list of tables has double brackets: [[...]]")
             return []
         return [(index, entry) for index, entry in enumerate(value) if self._is_table(entry, f"{path}[{index}]")]
+
+
+def _levels_of(name: str) -> str:
+    """The levels of a known key, in words."""
+    levels = [LEVEL_NAMES[level] for level in KEYS[name].levels]
+    return " and ".join([", ".join(levels[:-1]), levels[-1]] if len(levels) > 1 else levels)
+
+
+def _with_levels(name: str) -> str:
+    if name in KEYS:
+        return f"{name} (valid in {_levels_of(name)})"
+    return {"general": "[general]", "datasets": "[[datasets]]"}.get(name, "[[datasets.subsets]]")
 
 
 def _names(kinds: tuple[Kind, ...]) -> str:

@@ -5,28 +5,31 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from library import logs
-from library.options import Options
+from library.config_util import ConfigError, SupportedKinds, load_data_config
+from library.options import Options, group_classes
 from library.options.checks import check_options, published_by_wandb
-from library.options.declare import OptionSpec
+from library.options.declare import OptionSpec, specs_of
 from library.options.errors import UserError
 from library.options.not_yet import unsupported
 from library.options.script import ScriptOptions
-from library.options.toml_file import config_path, nearest, read_config, write_config
+from library.options.toml_file import ConfigFile, config_path, nearest, read_config, write_config
 
 logger = logging.getLogger(__name__)
 
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+MISTAKES = (ValueError, ImportError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 @dataclass(frozen=True)
@@ -39,35 +42,260 @@ class Script:
     family: str
     method: str
     run: str = "library.training_loop:train"
+    data: SupportedKinds = SupportedKinds()  # `--masked_loss` adds the kind with mask images
 
 
 @dataclass(frozen=True)
-class Parsed:
-    """A command line, its file, and what must be said about them once messages are set up."""
+class CommandLine:
+    """What a command line and its `--config_file` say; `raw` has every option as it would stand in a TOML file."""
 
     options: Options
+    raw: Mapping[str, Any]
+    problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
+# --- parser --------------------------------------------------------------------------------------------------
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake as UserError instead of printing the usage."""
+    """Reports a mistake as UserError instead of printing all of the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}.")
 
 
 def build_parser(script: Script) -> argparse.ArgumentParser:
-    """The script's parser: every option with its type, default and choices."""
-    return _make_parser(script, _reader)
+    """The script's parser: every option with its type, default and choices. Its errors are UserError."""
+    return _make_parser(script, is_checked=True)
 
 
-def _make_parser(script: Script, reader: Callable[[OptionSpec], Callable[[str], Any]] | None) -> _Parser:
-    """`reader` makes argparse's type function of an option; with None every value stays the text that was given."""
-    parser = _Parser(prog=script.name, description=script.description, formatter_class=_HelpFormatter)
+def _make_parser(script: Script, *, is_checked: bool) -> _Parser:
+    """With `is_checked` false every value stays the text that was given."""
+    parser = _Parser(
+        prog=script.name,
+        usage=f"{script.name} [options]",
+        description=script.description,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+    )
+    titles = {group: f"{name.replace('_', ' ')} options" for name, group in group_classes().items()}
+    specs = script.options.specs()
     for group in script.options.groups:
-        section = parser.add_argument_group((group.__doc_title__ if hasattr(group, "__doc_title__") else group.__name__))
-        del section
-    for spec in script.options.specs().values():
-        _add(parser, spec, reader)
+        section = parser.add_argument_group(titles[group])
+        for spec in (specs[item.name] for item in specs_of(group) if item.name in specs):
+            section.add_argument(*spec.flags, **_arguments(spec, is_checked=is_checked))
     return parser
+
+
+def _arguments(spec: OptionSpec, *, is_checked: bool) -> dict[str, Any]:
+    text = spec.help.replace("%", "%%")
+    if spec.is_flag:
+        return {"dest": spec.name, "action": "store_true", "default": spec.default, "help": text}
+    if spec.default not in (None, "") and "(default" not in text:
+        text += " (default: %(default)s)"
+
+    def read(word: str) -> Any:
+        try:
+            value = spec.read(word)
+            spec.final([value] if spec.nargs else value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    read.__name__ = spec.type_name
+    names = [str(choice) for choice in spec.choices or () if choice is not None]
+    metavar = "{" + ",".join(names) + "}" if 0 < len(",".join(names)) <= 40 else spec.type_name.upper()
+    return {
+        "dest": spec.name,
+        "type": read if is_checked else str,
+        "default": spec.default,
+        "choices": spec.choices if is_checked else None,
+        "nargs": spec.nargs,
+        "metavar": metavar,
+        "help": text if len(",".join(names)) <= 40 else f"{text}; one of {', '.join(names)}",
+    }
+
+
+# --- command line and file -----------------------------------------------------------------------------------
+def read_command_line(script: Script, argv: Sequence[str]) -> CommandLine:
+    """Command line > `--config_file` > defaults. Raises UserError when the words cannot be told apart at all.
+
+    With `--output_config` the file is not read. `--help` prints and raises SystemExit(0), as argparse does.
+    """
+    specs = script.options.specs()
+    given, problems = _given(script, argv)
+    secrets, remarks = published_by_wandb(given)
+    warnings = list(secrets)
+    raw = {name: spec.default for name, spec in specs.items()}
+    if given.get("config_file") and not given.get("output_config"):
+        file = _read_file(config_path(given["config_file"]), specs, problems)
+        raw |= file.values
+        problems += file.problems
+        warnings += file.warnings
+    raw |= given
+    if raw.get("config_file"):
+        raw["config_file"] = str(config_path(raw["config_file"]).with_suffix(""))
+    values = {name: spec.final(raw[name]) for name, spec in specs.items()}
+    options = replace(Options().with_values(**values), script_defaults=script.options.defaults())
+    return CommandLine(options, raw, tuple(problems), tuple(warnings), tuple(remarks))
+
+
+def _read_file(path: Path, specs: Mapping[str, OptionSpec], problems: Sequence[str]) -> ConfigFile:
+    """The file's options; a file cannot name another one. Without it too much is missing to look for more mistakes."""
+    try:
+        return read_config(path, {name: specs[name] for name in specs if name not in ("config_file", "output_config")})
+    except UserError as error:
+        raise UserError([*problems, *error.problems]) from error
+
+
+def _given(script: Script, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(values of the options that stand on the command line, mistakes in them)."""
+    specs = script.options.specs()
+    missing = object()
+    namespace = argparse.Namespace(**dict.fromkeys(specs, missing))
+    namespace, rest = _make_parser(script, is_checked=False).parse_known_args(list(argv), namespace)
+    problems = _unknown_words(rest, specs)
+    given: dict[str, Any] = {}
+    for name, value in vars(namespace).items():
+        if value is missing:
+            continue
+        try:
+            if not specs[name].is_flag:
+                value = [specs[name].read(word) for word in value] if specs[name].nargs else specs[name].read(value)
+            specs[name].check_choice(value)
+            specs[name].final(value)
+            given[name] = value
+        except ValueError as error:
+            problems.append(f"--{name}: {error}.")
+    return given, problems
+
+
+def _unknown_words(words: Sequence[str], specs: Mapping[str, OptionSpec]) -> list[str]:
+    problems = []
+    after_unknown = False
+    for word in words:
+        if word.startswith("--"):
+            name = word.split("=")[0]
+            guess = nearest(name.lstrip("-"), specs)
+            problems.append(f"unknown option {name}" + (f"; did you mean --{guess}?" if guess else "."))
+        elif not after_unknown:
+            problems.append(f"unexpected word {word!r}; options begin with --.")
+        after_unknown = word.startswith("--") or after_unknown
+    return problems
+
+
+def check(script: Script, command_line: CommandLine) -> CommandLine:
+    """The same with implied values filled in. Raises UserError that lists everything that is wrong.
+
+    Looks at the options, the files they name and the dataset file, and imports nothing heavy.
+    """
+    checked = check_options(command_line.options, script.options)
+    problems = [*command_line.problems, *checked.problems]
+    problems += _data_problems(script, checked.options)
+    problems += unsupported(command_line.options)
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
+    warnings = command_line.warnings + checked.warnings
+    return replace(command_line, options=checked.options, warnings=warnings)
+
+
+def _data_problems(script: Script, options: Options) -> Sequence[str]:
+    """What is wrong with the dataset file or folders; the run reads them again and then gives the warnings."""
+    if options.dataset.dataset_class:
+        return ()
+    kinds = replace(script.data, controlnet=script.data.controlnet or options.dataset.masked_loss)
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        load_data_config(options.dataset, kinds, bucket_step=1)
+    except ConfigError as error:
+        return error.problems
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    finally:
+        logging.disable(level)
+    return ()
+
+
+def parse(script: Script, argv: Sequence[str]) -> Options:
+    """The checked options of a command line. Raises UserError that lists everything that is wrong."""
+    return check(script, read_command_line(script, argv)).options
+
+
+# --- running -------------------------------------------------------------------------------------------------
+def main(script: Script, argv: Sequence[str] | None = None) -> None:
+    """Run an entry script.
+
+    A user's mistake prints one line per mistake and exits with status 2, an interrupt with 130, a termination
+    with 143; any other failure leaves as the exception that it is (status 1). Mistakes found while running show
+    their traceback too under `--console_log_level DEBUG`.
+    """
+    try:
+        with _termination_as_exit():
+            _main(script, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print(f"{script.name}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except MISTAKES as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
+        for line in _lines(error):
+            print(f"{script.name}: error: {line}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def _main(script: Script, argv: Sequence[str]) -> None:
+    command_line = read_command_line(script, argv)
+    if command_line.options.config_file.output_config:
+        _write_options(script, command_line)
+        return
+    command_line = check(script, command_line)
+    logs.set_up(command_line.options.console)
+    for text in command_line.warnings:
+        logger.warning("%s", text)
+    for text in command_line.remarks:
+        logger.info("%s", text)
+    run, family, method = (resolve(path) for path in (script.run, script.family, script.method))
+    run(command_line.options, family, method)
+
+
+def _write_options(script: Script, command_line: CommandLine) -> None:
+    name = command_line.options.config_file.config_file
+    problems = list(command_line.problems)
+    if name is None:
+        problems.append("--output_config needs --config_file: it names the file to write.")
+    if problems:
+        raise UserError(problems)
+    path = config_path(str(name))
+    write_config(path, command_line.raw, {name: spec.default for name, spec in script.options.specs().items()})
+    print(f"options written to {path}")
+
+
+def resolve(dotted_path: str) -> Any:
+    """`package.module:name` -> the object of that name."""
+    module, _, name = dotted_path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _lines(error: Exception) -> Sequence[str]:
+    """What to print for a mistake, one entry per mistake."""
+    if isinstance(error, ModuleNotFoundError):
+        return (f"{error}. Install what the scripts need with: python quickstart.py",)
+    problems = getattr(error, "problems", None)
+    return tuple(problems) if problems else (str(error) or type(error).__name__,)
+
+
+@contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit(143), so that files are closed and temporary files removed."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from library.options.console import ConsoleOptions
@@ -13,7 +14,8 @@ _warned: set[str] = set()
 def set_up(options: ConsoleOptions) -> None:
     """Send messages of every library to standard error, to `--console_log_file`, or plainly to standard output.
 
-    Replaces an earlier set-up. Raises OSError if the file cannot be written.
+    Of several processes only the first shows more than errors. Replaces an earlier set-up. Raises OSError if the
+    file cannot be written.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -23,7 +25,8 @@ def set_up(options: ConsoleOptions) -> None:
     handler = _make_handler(options)
     handler.is_ours = True  # type: ignore[attr-defined]
     root.addHandler(handler)
-    root.setLevel(options.console_log_level or "INFO")
+    is_first = os.environ.get("RANK", "0") == "0"
+    root.setLevel(options.console_log_level or "INFO" if is_first else "ERROR")
     for name in ("httpx", "httpcore", "filelock", "PIL", "matplotlib"):  # their INFO and DEBUG drown ours
         logging.getLogger(name).setLevel(logging.WARNING)
 

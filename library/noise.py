@@ -91,14 +91,18 @@ def pyramid_noise(noise: Tensor, iterations: int, discount: float) -> Tensor:
     return noise / noise.std()
 
 
-def perturb(noise: Tensor, config: NoiseConfig) -> Tensor:
+def perturb(noise: Tensor, config: NoiseConfig, *, draws_strength_last: bool = False) -> Tensor:
     """The noise for the noisy input: `noise` plus `ip_noise_gamma` fresh noise (Ning et al. 2023, Algorithm 1).
 
-    The training target keeps the unperturbed noise. Without gamma nothing is drawn.
+    The training target keeps the unperturbed noise. Without gamma nothing is drawn. A random strength is drawn before
+    the fresh noise, or after it with `draws_strength_last` (see `Objective`).
     """
     if not config.ip_noise_gamma:
         return noise
+    fresh = torch.randn_like(noise) if draws_strength_last else None
     gamma: float | Tensor = config.ip_noise_gamma
     if config.ip_noise_gamma_random_strength:
         gamma = torch.rand(1, device=noise.device) * config.ip_noise_gamma
-    return (noise + gamma * torch.randn_like(noise)).to(noise.dtype)
+    if fresh is None:
+        fresh = torch.randn_like(noise)
+    return (noise + gamma * fresh).to(noise.dtype)

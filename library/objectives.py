@@ -44,6 +44,9 @@ class NoiseLevel:
 class Objective(Protocol):
     """One way to corrupt latents and to ask for them back. Tensors are [B,C,h,w], weights [B]."""
 
+    #: Order of the two draws of a perturbation with random strength (`noise.perturb`); part of the contract.
+    draws_strength_last: bool
+
     def sample_timesteps(self, count: int, latent_hw: Sequence[int], device: torch.device | str) -> NoiseLevel:
         """Draw noise levels for a training batch from torch's global generators."""
         ...
@@ -115,6 +118,8 @@ class DdpmConfig:
 
 class DdpmObjective:
     """Predict the noise, or the velocity, of the scaled-linear DDPM schedule (Ho et al. 2020; Salimans & Ho 2022)."""
+
+    draws_strength_last = False
 
     def __init__(self, config: DdpmConfig) -> None:
         self.config = config
@@ -232,6 +237,8 @@ class FlowConfig:
 
 class RectifiedFlow:
     """Predict along the straight line x_sigma = (1 - sigma) * x0 + sigma * noise (Liu et al. 2022)."""
+
+    draws_strength_last = True
 
     def __init__(self, config: FlowConfig) -> None:
         self.config = config

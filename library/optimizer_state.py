@@ -37,7 +37,8 @@ def load_optimizer_state(
 ) -> None:
     """Restore what `optimizer_state_tensors` returned, dtypes included, onto the devices of the parameters.
 
-    Raises ValueError if groups or tensors do not fit the optimizer.
+    The tensors belong to the optimizer afterwards (it steps them in place where the device is the same). Raises
+    ValueError if groups or tensors do not fit the optimizer.
     """
     state = {key: _decode(value, tensors) for key, value in rest.items()}
     _check_groups(optimizer, state)
@@ -88,7 +89,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         name = value[_TENSOR]
         if name not in tensors:
             raise ValueError(f"The saved optimizer state lacks the tensor {name}.")
-        return tensors[name].clone()
+        return tensors[name]
     if _TUPLE in value:
         return tuple(_decode(item, tensors) for item in value[_TUPLE])
     if _ITEMS in value:

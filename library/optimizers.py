@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from library.optimizer_state import load_optimizer_state as load_optimizer_state
+from library.optimizer_state import optimizer_state_tensors as optimizer_state_tensors
 from library.options.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ def _prepare_learning_rate_free(request: _Request) -> None:
         request.warn(f"The learning rate {rates[0]} is small for D-Adaptation and Prodigy: about 1.0 is expected.")
     if any(rate != rates[0] for rate in rates):
         request.warn(
-            f"D-Adaptation and Prodigy use one learning rate for all parameter groups: of {rates} only the first counts."
+            f"D-Adaptation and Prodigy use one learning rate for all parameter groups: of {rates} the first counts."
         )
 
 
@@ -124,8 +126,8 @@ def _prepare_adafactor(request: _Request) -> None:
 def _prepare_relative_step(request: _Request) -> None:
     """Adafactor finds its learning rate: ours only becomes the first value that its schedule reports."""
     if request.learning_rate != 0:
-        request.warn(f"Adafactor with relative_step=True: the learning rate {request.learning_rate} is the initial one.")
-    if any(group.pop("lr", None) is not None for group in list(request.groups)):
+        request.warn(f"Adafactor with relative_step=True: learning rate {request.learning_rate} is the initial one.")
+    if any("lr" in group for group in request.groups):
         request.warn("Adafactor with relative_step=True: the learning rates of parameter groups are ignored.")
         request.group_learning_rates_removed = True
     for group in request.groups:
@@ -343,5 +345,6 @@ def _construct(name: str, found: type[torch.optim.Optimizer], request: _Request)
     except (TypeError, ValueError, AssertionError) as error:
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise UserError(
-            f"--optimizer_type {name} cannot be made with {given}: {error}. Check --optimizer_args and the learning rate."
+            f"--optimizer_type {name} cannot be made with {given}: {error}. "
+            "Check --optimizer_args and the learning rate."
         ) from error

@@ -101,7 +101,7 @@ def packed_tokens(latent_hw: Sequence[int]) -> int:
 
 
 def resolution_shift_mu(tokens: int) -> float:
-    """The log-shift mu for an image of `tokens` patches: 0.5 at 256 tokens, 1.15 at 4096, linear in between and beyond."""
+    """The log-shift mu for an image of `tokens` patches: 0.5 at 256, 1.15 at 4096, on one line through both."""
     (x1, y1), (x2, y2) = _MU_LINE
     slope = (y2 - y1) / (x2 - x1)
     return slope * tokens + (y1 - slope * x1)
@@ -145,9 +145,8 @@ class DensityConfig:
 
     def __post_init__(self) -> None:
         if self.weighting_scheme not in WEIGHTING_SCHEMES:
-            raise ValueError(
-                f"--weighting_scheme {self.weighting_scheme!r} is unknown; choose one of {', '.join(WEIGHTING_SCHEMES)}."
-            )
+            known = ", ".join(WEIGHTING_SCHEMES)
+            raise ValueError(f"--weighting_scheme {self.weighting_scheme!r} is unknown; choose one of {known}.")
 
 
 def mode_density(uniform: Tensor, mode_scale: float) -> Tensor:

@@ -59,7 +59,8 @@ class NetworkArguments:
         unknown = sorted(self.values.keys() - self._known)
         if unknown:
             known = ", ".join(sorted(self._known - {"dropout"}))
-            logger.warning("%s ignores unknown network arguments: %s. Known: %s", self.network, ", ".join(unknown), known)
+            names = ", ".join(unknown)
+            logger.warning("%s ignores unknown network arguments: %s. Known: %s", self.network, names, known)
         if isinstance(self.values.get("dropout"), str):
             logger.warning("%s ignores the network argument dropout; use --network_dropout", self.network)
 
@@ -79,6 +80,13 @@ def checked_probability(value: float | None, origin: str) -> float | None:
     if value is not None and not 0.0 <= value <= 1.0:
         raise ValueError(f"{origin} is {value}; a dropout probability lies between 0 and 1.")
     return value
+
+
+def checked_rank(rank: int, origin: str) -> int:
+    """`rank` if it is not negative; otherwise ValueError."""
+    if rank < 0:
+        raise ValueError(f"{origin} is {rank}; a rank is a positive number, or 0 for no modules.")
+    return rank
 
 
 def _finite(value: Any) -> float:

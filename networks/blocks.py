@@ -6,7 +6,13 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from networks.arguments import NetworkArguments
+
+if TYPE_CHECKING:
+    from networks.network import NetworkSettings
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +28,24 @@ _SD_BLOCK = re.compile(r"^lora_unet_(down|up)_blocks_(\d+)_(resnets|attentions|d
 _SDXL_BLOCK = re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_")
 _SDXL_OFFSETS = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}
 _SDXL_SIZES = {"input_blocks": 9, "middle_block": 3, "output_blocks": 9}
+
+
+@dataclass(frozen=True)
+class BlockRanks:
+    """Ranks and alphas per block: of Linear and 1x1 layers, and of larger convolutions (None: not adapted)."""
+
+    ranks: list[int]
+    alphas: list[float]
+    conv_ranks: list[int] | None = None
+    conv_alphas: list[float] | None = None
+
+    def at(self, index: int, *, is_spatial: bool) -> tuple[int, float] | None:
+        """(rank, alpha) of a layer in block `index`; None if such layers are not adapted."""
+        if not is_spatial:
+            return self.ranks[index], self.alphas[index]
+        if self.conv_ranks is None or self.conv_alphas is None:
+            return None
+        return self.conv_ranks[index], self.conv_alphas[index]
 
 
 def num_of_all_blocks(is_sdxl: bool) -> int:
@@ -116,6 +140,29 @@ def remove_block_dims_and_alphas(
 
     conv_alphas = None if conv_block_alphas is None else list(conv_block_alphas)
     return keep(block_dims) or [], list(block_alphas), keep(conv_block_dims), conv_alphas
+
+
+def read_block_ranks(
+    arguments: NetworkArguments, settings: NetworkSettings, block_lr_weight: list[float] | None, *, is_sdxl: bool
+) -> BlockRanks | None:
+    """Ranks per block, if `block_dims` is given or blocks have learning-rate factors; otherwise None."""
+    given = arguments.select("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+    if "block_dims" not in given and block_lr_weight is None:
+        if given:
+            logger.warning("network arguments without effect unless block_dims is given: %s", ", ".join(given))
+        return None
+    lists = get_block_dims_and_alphas(
+        is_sdxl,
+        given.get("block_dims"),
+        given.get("block_alphas"),
+        settings.rank,
+        settings.alpha,
+        given.get("conv_block_dims"),
+        given.get("conv_block_alphas"),
+        settings.conv_rank,
+        settings.conv_alpha,
+    )
+    return BlockRanks(*remove_block_dims_and_alphas(is_sdxl, *lists, block_lr_weight))
 
 
 def _entries(name: str, value: str | Sequence[Any] | None, kind: type, count: int) -> list[Any] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from networks.adapter import Adapter
+from networks.arguments import NetworkArguments
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,15 @@ class PlusRatios:
     overall: float | None = None
     denoiser: float | None = None
     text_encoder: float | None = None
+
+    @classmethod
+    def read(cls, arguments: NetworkArguments) -> PlusRatios:
+        """From `loraplus_lr_ratio`, `loraplus_unet_lr_ratio` and `loraplus_text_encoder_lr_ratio`."""
+        return cls(
+            arguments.number("loraplus_lr_ratio"),
+            arguments.number("loraplus_unet_lr_ratio"),
+            arguments.number("loraplus_text_encoder_lr_ratio"),
+        )
 
     @property
     def for_denoiser(self) -> float | None:

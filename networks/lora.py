@@ -5,40 +5,26 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from networks.adapter import Adapter, Dropouts
-from networks.arguments import NetworkArguments
+from networks.arguments import NetworkArguments, checked_rank
 from networks.blocks import (
-    BlockRanks,
-    convert_diffusers_to_sai_if_needed,
     get_block_dims_and_alphas,
     get_block_index,
     get_block_lr_weight,
     parse_block_lr_kwargs,
-    parse_block_ranks,
     remove_block_dims_and_alphas,
 )
-from networks.groups import PlusRatios
-from networks.network import AdapterNetwork, NetworkSettings, RankAndAlpha, positive_rank
-from networks.targets import (
-    CLIP_CLASSES,
-    UNET_CONV_CLASSES,
-    UNET_TRANSFORMER_CLASSES,
-    Target,
-    as_encoder_list,
-    find_targets,
-    is_conv,
-    is_sdxl_unet,
-)
-from networks.weights_file import load_network_file, ranks_and_alphas
+from networks.network import NetworkSettings
+from networks.sdxl_names import convert_diffusers_to_sai_if_needed
+from networks.targets import is_conv
+from networks.unet_network import DEFAULT_RANK, UnetNetwork, read_weights
 
 __all__ = [
     "LoRAInfModule",
@@ -53,10 +39,6 @@ __all__ = [
     "parse_block_lr_kwargs",
     "remove_block_dims_and_alphas",
 ]
-
-logger = logging.getLogger(__name__)
-
-DEFAULT_RANK = 4
 
 
 class LoRAModule(Adapter):
@@ -161,3 +143,53 @@ def _make_factors(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
     nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
     nn.init.zeros_(up.weight)
     return down, up
+
+
+class LoRANetwork(UnetNetwork):
+    """LoRA modules for an SD or SDXL U-Net and its CLIP encoders."""
+
+    module_class = LoRAModule
+    inference_module_class = LoRAInfModule
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: Any,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> LoRANetwork:
+    """A fresh network: rank `network_dim` (None: 4), alpha `network_alpha` (None: 1); `kwargs` are `--network_args`.
+
+    Raises ValueError for arguments that cannot be read, or that choose no layer at all.
+    """
+    rank = checked_rank(DEFAULT_RANK if network_dim is None else network_dim, "--network_dim")
+    alpha = 1.0 if network_alpha is None else float(network_alpha)
+    settings = NetworkSettings(rank, alpha, multiplier)
+    arguments = NetworkArguments(kwargs, "networks.lora")
+    return LoRANetwork.create(text_encoder, unet, settings, neuron_dropout, arguments)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | os.PathLike[str] | None,
+    vae: nn.Module | None,
+    text_encoder: Any,
+    unet: nn.Module,
+    weights_sd: dict[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> tuple[LoRANetwork, dict[str, Tensor]]:
+    """(network with exactly the modules, ranks and alphas of a file, the file's tensors); nothing is loaded into it.
+
+    `weights_sd` replaces the file. `kwargs` are `--network_args`; those that choose ranks have no effect here.
+    """
+    weights = read_weights(file, weights_sd, unet)
+    arguments = NetworkArguments(kwargs, "networks.lora")
+    network = LoRANetwork.create_from_weights(
+        text_encoder, unet, weights, multiplier, arguments, for_inference=for_inference
+    )
+    return network, weights

@@ -86,7 +86,7 @@ class AdapterNetwork(nn.Module):
         self.unet_loras: list[Adapter] = list(denoiser_adapters)
         self._untrained: set[str] = set()
         if not self.adapters:
-            raise ValueError("The network has no modules: no layer of the model was chosen. Check --network_args and ranks.")
+            raise ValueError("The network has no modules: no layer was chosen. Check --network_dim and --network_args.")
         for adapter in self.adapters:
             self.add_module(adapter.lora_name, adapter)
         logger.info(
@@ -152,7 +152,9 @@ class AdapterNetwork(nn.Module):
         self._add_encoder_groups(groups, text_encoder_lr, default_lr)
         self.add_denoiser_groups(groups, default_lr if unet_lr is None else unet_lr)
         if not groups.groups:
-            raise ValueError("All learning rates of the network are 0 or missing: set --learning_rate, --unet_lr or --text_encoder_lr.")
+            raise ValueError(
+                "Nothing of the network has a learning rate: set --learning_rate, --unet_lr or --text_encoder_lr."
+            )
         self._freeze(groups.untrained)
         return groups.groups, groups.descriptions
 

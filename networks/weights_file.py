@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints.tensors import is_safetensors, load_tensors, save_pickle, save_tensors
-from library.hashes import network_hashes
+from library.hashes import sshs_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ def save_network_file(
         save_pickle(path, tensors)
         return
     texts = dict(metadata or {})
-    model_hash, legacy_hash = network_hashes(tensors, texts)
-    save_tensors(path, tensors, metadata=texts | {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash})
+    hashes = sshs_hashes(tensors, texts)
+    texts |= {"sshs_model_hash": hashes.model_hash, "sshs_legacy_hash": hashes.legacy_hash}
+    save_tensors(path, tensors, metadata=texts)
 
 
 def _for_file(value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -101,6 +102,7 @@ def check_ranks(weights: Mapping[str, Tensor], ranks: Mapping[str, int], *, sour
     if wrong:
         module, in_file, in_network = wrong[0]
         raise ValueError(
-            f"{source}: {len(wrong)} modules have another rank than the network, for example {module}: {in_file} in the "
-            f"file, {in_network} in the network. Use --dim_from_weights, or set --network_dim and --network_args to match."
+            f"{source}: {len(wrong)} modules have another rank than the network, for example {module}: {in_file} in "
+            f"the file, {in_network} in the network. Use --dim_from_weights, or set --network_dim and --network_args "
+            "to match."
         )

@@ -40,7 +40,7 @@ def face_from_name(path: str | PurePath) -> Face | None:
     if center_x <= 0:
         return None
     if max(width, height) <= 0:
-        raise ImageError(f"{path}: the file name marks a face of size {width}x{height}; it must be at least 1 pixel")
+        raise ImageError(str(path), f"its name marks a face of {width}x{height} pixels; a face has at least 1 pixel")
     return Face((center_x, center_y), (width, height))
 
 
@@ -69,7 +69,7 @@ class FaceCrop:
     def __call__(self, pixels: np.ndarray, face: Face, target: Size, rng: random.Random) -> np.ndarray:
         """uint8 [h,w,C] scaled by a random factor of at most 1 and cut to `target` (width, height) near the face.
 
-        Draws: scale, then height, then width. Raises ImageError when the image is smaller than the target.
+        Draws: scale, then height, then width. Raises ValueError when the image is smaller than the target.
         """
         size = pixels.shape[1], pixels.shape[0]
         if size == target:
@@ -77,7 +77,7 @@ class FaceCrop:
         scale = self._scale(size, face, target, rng)
         resized = _round(size[0] * scale), _round(size[1] * scale)
         if resized[0] < target[0] or resized[1] < target[1]:
-            raise ImageError(
+            raise ValueError(
                 f"the image ({size[0]}x{size[1]}) is smaller than the resolution {target[0]}x{target[1]}; "
                 "face_crop_aug_range cannot enlarge images"
             )

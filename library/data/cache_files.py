@@ -26,13 +26,14 @@ from torch import Tensor
 from library.checkpoints.tensors import atomic_write
 from library.data.buckets import Size, crop_ltrb
 from library.data.records import LatentSpec
+from library.options.errors import UserError
 
 _KEY = re.compile(r"(latents|latents_flipped|original_size|crop_ltrb|alpha_mask|identity)(_\d+x\d+)?")
 _DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, TypeError)
 _VERSION = 1
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """A latent cache entry that cannot be used; the message names the file."""
 
 

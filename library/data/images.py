@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from library.data.buckets import Size
-
-logger = logging.getLogger(__name__)
+from library.options.errors import UserError
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,26 +22,30 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SWAPS_SIDES = (5, 6, 7, 8)
-_UNREADABLE_EXIF = (SyntaxError, ValueError, KeyError, IndexError, TypeError, OSError, struct.error)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-class ImageError(ValueError):
-    """An image file that cannot be used; the message names the file."""
+class ImageError(UserError):
+    """An image file that cannot be used, and why; travels between processes."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return ImageError, (self.path, self.reason)
 
 
 def image_size(path: str | Path) -> Size:
-    """(width, height) after the EXIF orientation, from the header alone.
-
-    Raises ImageError naming the file when it is missing, empty or no image.
-    """
+    """(width, height) after the EXIF orientation, from the header alone. Raises ImageError naming the file."""
     try:
         with Image.open(path) as image:
             width, height = image.size
-            orientation = _orientation(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _unusable(path, error) from error
-    return (height, width) if orientation in _SWAPS_SIDES else (width, height)
+            is_turned = _orientation(image) >= 5
+    except _UNREADABLE as error:
+        raise ImageError(path, _reason(error)) from error
+    return (height, width) if is_turned else (width, height)
 
 
 def load_image(path: str | Path, *, alpha: bool = False) -> np.ndarray:
@@ -57,18 +58,21 @@ def load_image(path: str | Path, *, alpha: bool = False) -> np.ndarray:
 
 
 def load_image_and_transparency(path: str | Path, *, alpha: bool = False) -> tuple[np.ndarray, bool]:
-    """`load_image`, and whether the file has transparency at all."""
+    """`load_image`, and whether any pixel is not opaque."""
     try:
         with Image.open(path) as image:
             orientation = _orientation(image)
             image.load()
-            is_transparent = image.has_transparency_data
-            converted = _convert(image, is_transparent=is_transparent, alpha=alpha)
-    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
-        raise _unusable(path, error) from error
+            pixels = _convert(image)
+    except (*_UNREADABLE, MemoryError) as error:
+        raise ImageError(path, _reason(error)) from error
     if orientation in _TRANSPOSE:
-        converted = converted.transpose(_TRANSPOSE[orientation])
-    return np.array(converted), is_transparent
+        pixels = pixels.transpose(_TRANSPOSE[orientation])
+    array = np.array(pixels)
+    if array.shape[2] == 3:
+        opaque = np.full((*array.shape[:2], 1), 255, dtype=np.uint8)
+        return np.concatenate([array, opaque], axis=2) if alpha else array, False
+    return array if alpha else np.ascontiguousarray(array[..., :3]), bool(array[..., 3].min() < 255)
 
 
 def resize(pixels: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
@@ -116,15 +120,6 @@ def alpha_mask(pixels: np.ndarray) -> Tensor:
     return torch.ones(pixels.shape[:2], dtype=torch.float32)
 
 
-def report_unusable(errors: Sequence[ImageError]) -> None:
-    """Raise one ImageError that lists all `errors`; nothing happens when there are none."""
-    if errors:
-        listing = "\n".join(f"  {error}" for error in errors)
-        raise ImageError(
-            f"{len(errors)} image file(s) cannot be used:\n{listing}\nRepair them or remove them from the data."
-        )
-
-
 def _resize_pillow(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
     resample = Image.Resampling.LANCZOS if interpolation == "lanczos" else Image.Resampling.BOX
     # Pillow premultiplies "RGBA" by alpha; "CMYK" is its mode for four independent channels.
@@ -133,53 +128,47 @@ def _resize_pillow(pixels: np.ndarray, size: Size, interpolation: str) -> np.nda
     return np.array(image.resize(size, resample))
 
 
-def _convert(image: Image.Image, *, is_transparent: bool, alpha: bool) -> Image.Image:
+def _convert(image: Image.Image) -> Image.Image:
+    """RGBA where the file has transparency, else RGB."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         # Pillow's own conversion would clip everything above 255 to white.
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
-    if is_transparent:
-        rgba = image.convert("RGBA")
-        return rgba if alpha else Image.fromarray(np.asarray(rgba)[..., :3])
-    return image.convert("RGBA" if alpha else "RGB")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF (or XMP) orientation 1-8 of an opened image, without decoding pixels; 1 when unreadable."""
+    """The EXIF (or XMP) orientation 1 to 8 of an opened image, without decoding pixels; 1 when unreadable."""
     try:
         if image.format == "PNG" and "exif" not in image.info:
             _read_late_png_exif(image)
         # The PNG plug-in's own method would decode the whole picture to look behind it.
-        exif = Image.Image.getexif(image)
-        return int(exif.get(ExifTags.Base.Orientation, 1))
-    except _UNREADABLE_EXIF:
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except (*_UNREADABLE, KeyError, IndexError, TypeError):
         return 1
+    return orientation if orientation in _TRANSPOSE else 1
 
 
 def _read_late_png_exif(image: Image.Image) -> None:
     """Find an eXIf chunk that stands behind the pixels of a PNG, by its chunk headers."""
-    stream = image.fp
-    if stream is None:
+    if image.fp is None:
         return
-    position = stream.tell()
+    position = image.fp.tell()
     try:
-        stream.seek(8)
-        while len(header := stream.read(8)) == 8:
+        image.fp.seek(8)
+        while len(header := image.fp.read(8)) == 8:
             length, kind = struct.unpack(">I4s", header)
             if kind == b"eXIf":
-                image.info["exif"] = b"Exif\x00\x00" + stream.read(length)
+                image.info["exif"] = b"Exif\x00\x00" + image.fp.read(length)
                 return
-            if kind == b"IEND":
-                return
-            stream.seek(length + 4, 1)
+            image.fp.seek(length + 4, 1)
     finally:
-        stream.seek(position)
+        image.fp.seek(position)
 
 
-def _unusable(path: str | Path, error: BaseException) -> ImageError:
+def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
-        return ImageError(f"{path}: the image file does not exist")
-    reason = str(error) or type(error).__name__
-    if type(error).__name__ == "UnidentifiedImageError":
-        reason = "not an image in a known format, or damaged at its beginning"
-    return ImageError(f"{path}: the image cannot be read ({reason})")
+        return "the image file does not exist"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow can read (wrong content or a damaged header)"
+    return f"the image cannot be read ({str(error) or type(error).__name__})"

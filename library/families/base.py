@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from library.data.records import LatentSpec
+from library.hashes import sshs_hashes
+from library.sampling_spec import SamplingSpec
 
 if TYPE_CHECKING:
     from library.objectives import Objective
@@ -108,10 +110,19 @@ class ModelFamily(ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Model latents [B,C,h,w] -> images [B,3,H,W] in [-1,1]."""
 
+    @property
+    def vae_identity(self) -> str:
+        """What latent caches remember of the VAE: a hash of its weights in the dtype that encodes."""
+        return sshs_hashes(self.vae.state_dict()).model_hash[:16]
+
     # --- denoising -----------------------------------------------------------------------------------------
     @abstractmethod
     def make_objective(self) -> Objective:
         """The objective (schedule, target, weights) that the options ask for."""
+
+    @abstractmethod
+    def sampling_spec(self) -> SamplingSpec:
+        """The noise process run backwards, and what prompts start from."""
 
     @abstractmethod
     def predict(
@@ -123,6 +134,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """Named blocks of the denoiser in forward order (swap, fused groups, block learning rates)."""
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, in the denoiser and the text encoders (train mode only)."""
 
     # --- networks and saving -------------------------------------------------------------------------------
     def network_text_encoders(self) -> Any:

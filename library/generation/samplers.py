@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -57,7 +58,7 @@ SAMPLERS: dict[str, SamplerChoice] = {
         {**_STEPS_OFFSET, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
     ),
     "dpmsolver++": SamplerChoice("DPMSolverMultistepScheduler", {**_STEPS_OFFSET, "algorithm_type": "dpmsolver++"}),
-    "dpmsingle": SamplerChoice("DPMSolverSinglestepScheduler"),
+    "dpmsingle": SamplerChoice("DPMSolverSinglestepScheduler", {"lower_order_final": True}),  # needed to end at zero
     "k_lms": _LMS,
     "k_euler": _EULER,
     "k_euler_a": _EULER_ANCESTRAL,
@@ -96,7 +97,9 @@ def _make_scheduler(name: str, spec: SamplingSpec) -> Any:
             able = [other for other, choice in SAMPLERS.items() if _knows_zero_terminal_snr(_constructor(choice))]
             raise ValueError(f"sampler '{name}' cannot start from zero terminal SNR. Choose one of {', '.join(able)}")
         arguments["rescale_betas_zero_snr"] = True  # does not move betas that are rescaled already
-    return constructor(num_train_timesteps=len(betas), **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers would like to drop the algorithm "dpmsolver"
+        return constructor(num_train_timesteps=len(betas), **arguments)
 
 
 def _constructor(choice: SamplerChoice) -> Any:
@@ -186,7 +189,7 @@ class LinearMultistepScheduler:
         weights = []
         for k, node in enumerate(nodes):
             others = [other for j, other in enumerate(nodes) if j != k]
-            basis = np.polynomial.Polynomial.fromroots(others) / np.prod([node - other for other in others])
-            integral = basis.integ()
+            numerator = np.polynomial.Polynomial.fromroots(others) if others else np.polynomial.Polynomial([1.0])
+            integral = (numerator / np.prod([node - other for other in others])).integ()
             weights.append(float(integral(self._sigmas[index + 1]) - integral(self._sigmas[index])))
         return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from library.noise import NoiseConfig, draw_noise, perturb
 if TYPE_CHECKING:
     from library.objectives import NoiseLevel, Objective
     from library.options import Options
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,10 @@ def batch_latents(family: ModelFamily, batch: Batch, vae_batch_size: int) -> Ten
     if batch.images is None:
         raise ValueError("A batch carries neither images nor latents.")
     with torch.no_grad():
-        chunks = [family.encode_images(chunk) for chunk in batch.images.split(max(1, vae_batch_size))]
-    latents = torch.cat(chunks)
+        latents = torch.cat([family.encode_images(chunk) for chunk in batch.images.split(max(1, vae_batch_size))])
+    if not latents.isfinite().all():
+        logger.warning("NaN in latents, replaced by zeros: %s. --no_half_vae may help.", ", ".join(batch.image_keys))
+        latents = latents.nan_to_num(0.0, 0.0, 0.0)
     return latents if spec.cache_is_scaled else spec.normalize(latents)
 
 

@@ -5,21 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.embeddings import TimestepEmbedding
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class TimeEmbedding(TimestepEmbedding):
+    """diffusers' time embedding under a name of its own.
+
+    LyCORIS replaces `TimestepEmbedding` modules by class name and the U-Net's plain layers by path; with the library's
+    class name both rules match and its names collide.
+    """
 
 
 def rename_time_embedding(unet: nn.Module) -> None:
-    """Makes `unet.time_embedding` an instance of a subclass called `TimeEmbedding`.
-
-    LyCORIS replaces `TimestepEmbedding` modules by class name and, separately, the U-Net's `time_embedding` by path;
-    with the library's own class both rules match and its names collide.
-    """
-    from diffusers.models.embeddings import TimestepEmbedding
-
-    class TimeEmbedding(TimestepEmbedding):
-        pass
-
+    """Makes `unet.time_embedding` a `TimeEmbedding`."""
     unet.time_embedding.__class__ = TimeEmbedding
+
+
+class MemoryEfficientProcessor(AttnProcessor2_0):
+    """Attention that never holds the matrix of all scores on a GPU (torch's memory-efficient kernel)."""
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        if not hidden_states.is_cuda:
+            return super().__call__(attn, hidden_states, *args, **options)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return super().__call__(attn, hidden_states, *args, **options)
 
 
 def xformers_problem(device: torch.device | str) -> str | None:
@@ -38,8 +50,8 @@ def xformers_problem(device: torch.device | str) -> str | None:
 def set_attention(unet: Any, vae: Any, kind: str | None) -> None:
     """Chooses how diffusers modules compute attention; either may be None.
 
-    kind: None or "sdpa" = torch's scaled_dot_product_attention (the default of this program), "mem_eff_attn" = the
-    same in slices of the batch-and-heads axis, "xformers" = xformers, after one real call.
+    kind: None or "sdpa" = torch's scaled_dot_product_attention (the default of this program), "mem_eff_attn" = its
+    memory-efficient kernel only, "xformers" = xformers, after one real call.
     Raises ValueError if xformers is asked for and does not work here, or for an unknown kind.
     """
     if kind not in (None, "sdpa", "mem_eff_attn", "xformers"):
@@ -55,8 +67,6 @@ def set_attention(unet: Any, vae: Any, kind: str | None) -> None:
                 )
             model.enable_xformers_memory_efficient_attention()
         return
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
     processor = MemoryEfficientProcessor() if kind == "mem_eff_attn" else AttnProcessor2_0()
     for model in models:
         model.set_attn_processor(processor)

@@ -1,7 +1,11 @@
-"""Checks of options against each other and against the file system, before anything heavy is imported."""
+"""Checks of options against each other and against the file system, before anything heavy is imported.
+
+What concerns images and captions is checked by `library.config_util`, for dataset files and folders alike.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -51,9 +55,8 @@ INTERVALS = (
     "sample_every_n_steps", "sample_every_n_epochs", "save_every_n_steps", "save_every_n_epochs",
     "validate_every_n_steps", "validate_every_n_epochs",
 )  # fmt: skip
-#: options that name a file (or folder) which must exist
-FILES = ("in_json", "network_weights", "sample_prompts", "log_tracker_config", "dataset_config")
-FOLDERS = ("train_data_dir", "reg_data_dir", "conditioning_data_dir")
+#: options that name a file which must exist
+FILES = ("network_weights", "sample_prompts", "log_tracker_config")
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,6 @@ def model_is_given(options: Options) -> Iterator[str]:
         yield "--pretrained_model_name_or_path is missing: name a checkpoint file, a Diffusers folder or a hub model."
 
 
-def data_is_given(options: Options) -> Iterator[str]:
-    data = options.dataset
-    if data.dataset_config or data.dataset_class:
-        return
-    if not (data.train_data_dir or data.in_json):
-        yield "no training images: give --dataset_config FILE, or --train_data_dir FOLDER."
-    elif data.resolution is None:
-        yield "--resolution is missing: it is needed when there is no --dataset_config."
-
-
 def output_dir_is_given(options: Options) -> Iterator[str]:
     folder = options.saving.output_dir
     if not folder and not options.dataset.debug_dataset:
@@ -135,9 +128,6 @@ def paths_exist(options: Options) -> Iterator[str]:
     for name in FILES:
         if flat[name] and not Path(flat[name]).is_file():
             yield f"--{name}: there is no file {flat[name]}."
-    for name in FOLDERS:
-        if flat[name] and not Path(flat[name]).is_dir() and not options.dataset.dataset_config:
-            yield f"--{name}: there is no folder {flat[name]}."
     for path in options.network.base_weights or ():
         if not Path(path).is_file():
             yield f"--base_weights: there is no file {path}."
@@ -215,13 +205,13 @@ def noise(options: Options) -> Iterator[str]:
 
 
 def caching(options: Options) -> Iterator[str]:
-    """Only for folders; with a dataset file the values of each subset count, and the data room checks them."""
+    """Only for folders: with a dataset file the values of each subset count, and they are checked with the images."""
     data, cache = options.dataset, options.cache
     if data.dataset_config:
         return
     changing_images = [name for name in ("color_aug", "random_crop") if getattr(data, name)]
     if cache.cache_latents and changing_images:
-        yield f"--cache_latents cannot be combined with --{' or --'.join(changing_images)}: cached latents never change."
+        yield f"--cache_latents cannot be combined with --{' or --'.join(changing_images)}: cached images never change."
     names = ("caption_dropout_rate", "shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate")
     changing_captions = [name for name in names if getattr(data, name)]
     if cache.cache_text_encoder_outputs and changing_captions:
@@ -229,12 +219,6 @@ def caching(options: Options) -> Iterator[str]:
             f"--cache_text_encoder_outputs cannot be combined with --{' or --'.join(changing_captions)}: "
             "cached captions never change."
         )
-
-
-def masks(options: Options) -> Iterator[str]:
-    data = options.dataset
-    if data.masked_loss and not data.dataset_config and not data.alpha_mask:
-        yield "--masked_loss without --dataset_config needs --alpha_mask; mask images need --dataset_config."
 
 
 def samples(options: Options) -> Iterator[str]:
@@ -255,6 +239,8 @@ def network(options: Options) -> Iterator[str]:
     chosen = options.network
     if not chosen.network_module and not options.dataset.debug_dataset:
         yield "--network_module is missing: name what to train, e.g. --network_module networks.lora."
+    elif chosen.network_module and is_missing_module(chosen.network_module):
+        yield f"--network_module {chosen.network_module}: there is no such Python module; LoRA is networks.lora."
     if chosen.dim_from_weights and not chosen.network_weights:
         yield "--dim_from_weights needs --network_weights FILE."
     if chosen.network_train_unet_only and chosen.network_train_text_encoder_only:
@@ -271,10 +257,24 @@ def network(options: Options) -> Iterator[str]:
                 yield f"--{name}: {item!r} is not of the form key=value."
 
 
+def is_missing_module(name: str) -> bool:
+    """Whether a dotted module name surely cannot be imported. Imports nothing: looks one level into its package."""
+    top, *rest = name.split(".")
+    try:
+        found = importlib.util.find_spec(top) if top else None
+    except (ImportError, ValueError):
+        return True
+    if found is None:
+        return True
+    folders = [Path(place) for place in found.submodule_search_locations or () if Path(place).is_dir()]
+    if not rest or not folders:
+        return bool(rest) and found.submodule_search_locations is None
+    return not any(entry.name.split(".")[0] == rest[0] for folder in folders for entry in folder.iterdir())
+
+
 #: (group that the script must have, check)
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("training", model_is_given),
-    ("training", data_is_given),
     ("training", output_dir_is_given),
     ("network", network),
     ("training", ranges),
@@ -286,7 +286,6 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("loss", prediction_type),
     ("noise", noise),
     ("cache", caching),
-    ("dataset", masks),
     ("sampling", samples),
     ("logging", trackers),
 )
@@ -303,13 +302,6 @@ def zero_terminal_snr_without_v(options: Options) -> Iterator[str]:
         yield "--zero_terminal_snr without --v_parameterization: noise prediction learns nothing at the last step."
 
 
-def folders_beside_dataset_file(options: Options) -> Iterator[str]:
-    if options.dataset.dataset_config:
-        given = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(options.dataset, name)]
-        if given:
-            yield f"--{' and --'.join(given)} have no effect: --dataset_config says which images are used."
-
-
 def keeping_without_saving(options: Options) -> Iterator[str]:
     saving = options.saving
     for what in ("epochs", "steps"):
@@ -321,7 +313,6 @@ def keeping_without_saving(options: Options) -> Iterator[str]:
 WARNINGS: tuple[tuple[str, Check], ...] = (
     ("model", clip_skip_of_v2),
     ("noise", zero_terminal_snr_without_v),
-    ("dataset", folders_beside_dataset_file),
     ("saving", keeping_without_saving),
 )
 

@@ -22,7 +22,9 @@ class DatasetOptions:
     dataset_repeats: int = option("how often each image counts when nothing else says so", 1, type="int")
     dataset_class: str | None = option("dotted path of a dataset class of your own (package.module.Class)")
     train_batch_size: int = option("images per step and device", 1, type="int")
-    resolution: tuple[int, int] | None = option("training size in pixels: `512` or `width,height`", convert=read_resolution)
+    resolution: tuple[int, int] | None = option(
+        "training size in pixels: `512` or `width,height`", convert=read_resolution
+    )
     cache_info: bool = flag("remember captions and image sizes in each folder to start faster next time")
     debug_dataset: bool = flag("show what would be trained on, then stop")
 

@@ -11,7 +11,7 @@ from library.options.declare import flag, option
 class ModelOptions:
     v2: bool = flag("the model is a Stable Diffusion 2.x model")
     v_parameterization: bool = flag("the model predicts velocity (v-prediction), e.g. Stable Diffusion 2 at 768 pixels")
-    pretrained_model_name_or_path: str | None = option("checkpoint file, Diffusers folder or Hugging Face name to start from")
+    pretrained_model_name_or_path: str | None = option("model to start from: file, Diffusers folder or hub name")
     tokenizer_cache_dir: str | None = option("folder where tokenizers are kept, for machines without a network")
     vae: str | None = option("VAE file or folder that replaces the one in the checkpoint")
     no_half_vae: bool = flag("run the VAE in float32 even with mixed precision (avoids black or NaN latents)")

@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from library.options import Options, non_default
-from library.options.deepspeed import DeepSpeedOptions
 from library.options.declare import specs_of
+from library.options.deepspeed import DeepSpeedOptions
 from library.options.hub import HubOptions
 from library.options.validation import ValidationOptions
 

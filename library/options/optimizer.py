@@ -19,7 +19,7 @@ class OptimizerOptions:
     optimizer_args: tuple[str, ...] | None = option("further arguments of the optimizer: key=value ...", nargs="*")
     lr_scheduler_type: str = option("schedule class of your own: name in torch.optim.lr_scheduler or dotted path", "")
     lr_scheduler_args: tuple[str, ...] | None = option("further arguments of the schedule: key=value ...", nargs="*")
-    lr_scheduler: str = option("learning-rate schedule, e.g. constant, cosine, cosine_with_restarts, linear", "constant")
+    lr_scheduler: str = option("learning-rate schedule, e.g. constant, cosine, linear", "constant")
     lr_warmup_steps: int | float = option(
         "steps until the full learning rate is reached; below 1 or with %: a fraction of all steps",
         0,

@@ -1,0 +1,186 @@
+"""Sample images during training: reads the prompt file, draws its images, and leaves no trace in the run."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from library.families.base import ModelFamily
+from library.generation.engine import Predict, draw, sampling_spec
+from library.generation.prompt_file import PromptEntry, check_prompt_file, read_prompt_file
+from library.generation.request import ImageRequest
+from library.generation.samplers import check_sampler
+from library.sampling_spec import SamplingDefaults
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL import Image
+
+    from library.options import Options
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def sampling_problems(options: Options) -> list[str]:
+    """What is wrong with the sampling options and the prompt file, one sentence each; loads nothing."""
+    sampling = options.sampling
+    problems = []
+    for name in ("sample_every_n_steps", "sample_every_n_epochs"):
+        every = getattr(sampling, name)
+        if every is not None and every < 1:
+            problems.append(f"--{name} {every}: it must be at least 1; leave it out for no samples")
+    if not wants_samples(options):
+        return problems
+    if not sampling.sample_prompts:
+        return [*problems, "Sample images need a file with prompts: give --sample_prompts (.txt, .toml or .json)"]
+    try:
+        check_sampler(sampling.sample_sampler, "--sample_sampler")
+        check_prompt_file(Path(sampling.sample_prompts))
+        for entry in read_prompt_file(Path(sampling.sample_prompts)):
+            request, _ = entry.request(SamplingDefaults(), sampling.sample_sampler)
+            check_sampler(request.sampler, f"--sample_prompts, {entry.source}")
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    return problems
+
+
+def wants_samples(options: Options) -> bool:
+    """Whether any option asks for sample images."""
+    sampling = options.sampling
+    return bool(sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs)
+
+
+class TrainingSampler:
+    """Draws the images of `--sample_prompts` into `<output_dir>/sample`.
+
+    The prompt file is read anew each time. Process p of P draws prompts p, p + P, ... A prompt that cannot be drawn
+    is skipped with a warning. `predict_for` replaces the family's own forward pass (ControlNet); a ValueError from
+    it skips the prompt too. Raises ValueError for the problems that `sampling_problems` lists.
+    """
+
+    def __init__(
+        self, options: Options, *, accelerator: Accelerator,
+        predict_for: Callable[[ImageRequest], Predict] | None = None,
+    ) -> None:
+        problems = sampling_problems(options)
+        if problems:
+            raise ValueError("\n".join(problems))
+        self._options = options
+        self._accelerator = accelerator
+        self._predict_for = predict_for
+        self._warned: set[str] = set()
+
+    def prompts(self) -> list[ImageRequest]:
+        """The requests that the file holds now (so that a family can encode their texts before training)."""
+        if not wants_samples(self._options):
+            return []
+        entries = read_prompt_file(Path(self._options.sampling.sample_prompts or ""))
+        return [entry.request(SamplingDefaults(), self._options.sampling.sample_sampler)[0] for entry in entries]
+
+    def draw(self, family: ModelFamily, *, epoch: int | None, step: int) -> list[Path]:
+        """Draw this process's share; returns the files written.
+
+        Call on every process, with the trained parts in eval mode. `epoch` is None when a step made samples due.
+        All random generators are afterwards as they were before. Nothing but an interrupt ends training here.
+        """
+        accelerator, sampling = self._accelerator, self._options.sampling
+        try:
+            entries = read_prompt_file(Path(sampling.sample_prompts or ""))
+        except (ValueError, OSError) as error:
+            logger.warning("No sample images this time: %s", error)
+            return []
+        logger.info("drawing sample images at step %d", step)
+        files = []
+        with preserved_random_states(), accelerator.autocast():
+            for entry in entries[accelerator.process_index :: accelerator.num_processes]:
+                path = self._draw_entry(family, entry, epoch=epoch, step=step)
+                files += [path] if path else []
+        if step == 0:
+            self._commit_first_images()
+        return files
+
+    def _draw_entry(self, family: ModelFamily, entry: PromptEntry, *, epoch: int | None, step: int) -> Path | None:
+        options = self._options
+        try:
+            request, warnings = entry.request(sampling_spec(family).defaults, options.sampling.sample_sampler)
+            self._warn_once(warnings)
+            request = replace(request, clip_skip=options.model.clip_skip)
+            [image] = draw(
+                family, request, device=self._accelerator.device,
+                dtype=_DTYPES[options.device.mixed_precision or "no"], predict_for=self._predict_for,
+            )
+            path = self._path(entry.index, request.seed, epoch=epoch, step=step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+            self._log_image(entry.index, request.prompt, image)
+        except Exception as error:  # a sample must never end a training run
+            logger.warning("Sample image skipped: %s: %s", entry.source, error, exc_info=not _is_plain(error))
+            return None
+        return path
+
+    def _warn_once(self, warnings: tuple[str, ...]) -> None:
+        for warning in warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                logger.warning("%s", warning)
+
+    def _path(self, index: int, seed: int | None, *, epoch: int | None, step: int) -> Path:
+        saving = self._options.saving
+        name = f"{saving.output_name}_" if saving.output_name else ""
+        number = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+        stamp = time.strftime("%Y%m%d%H%M%S")
+        suffix = "" if seed is None else f"_{seed}"
+        return Path(saving.output_dir or ".") / "sample" / f"{name}{number}_{index:02d}_{stamp}{suffix}.png"
+
+    def _trackers(self) -> list[Any]:
+        return [tracker for tracker in self._accelerator.trackers if tracker.name == "wandb"]
+
+    def _log_image(self, index: int, prompt: str, image: Image.Image) -> None:
+        for tracker in self._trackers():
+            import wandb
+
+            tracker.log({f"sample_{index}": wandb.Image(image, caption=prompt)}, commit=False)
+
+    def _commit_first_images(self) -> None:
+        for tracker in self._trackers():
+            tracker.log({}, step=0)
+
+
+def _is_plain(error: Exception) -> bool:
+    """Whether the message alone says what to do."""
+    return isinstance(error, ValueError | OSError)
+
+
+@contextmanager
+def preserved_random_states() -> Iterator[None]:
+    """Afterwards the generators of Python, numpy and torch (CPU, CUDA, XPU, MPS) are as they were before."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    accelerators = [
+        (backend, backend.get_rng_state())
+        for name in ("cuda", "xpu", "mps")
+        if (backend := getattr(torch, name, None)) is not None and _is_usable(name)
+    ]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        for backend, state in accelerators:
+            backend.set_rng_state(state)
+
+
+def _is_usable(name: str) -> bool:
+    backend = torch.backends.mps if name == "mps" else getattr(torch, name)
+    return bool(backend.is_available())

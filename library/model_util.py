@@ -1,0 +1,438 @@
+"""SD 1.x/2.x models: files, Diffusers folders and hub names -> modules, and modules -> files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.checkpoints import layout_clip, layout_sd, layout_unet, layout_vae
+from library.checkpoints.recognition import ModelKind, check_kind, check_not_quantised, is_ignorable
+from library.checkpoints.tensors import (
+    atomic_write,
+    LazyTensors,
+    RenamedTensors,
+    cast,
+    fill_module,
+    is_safetensors,
+    open_tensors,
+    save_pickle,
+    save_tensors,
+    shapes_of,
+)
+from library.checkpoints.unpickle import load_pickle
+from library.models.layers import rename_time_embedding
+from library.models.text_encoders import ClipTextEncoder, build_clip
+from library.text.clip import ClipTokenizer
+
+logger = logging.getLogger(__name__)
+
+SCALING_FACTOR = 0.18215
+_PART_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+@dataclass
+class SdModules:
+    """A loaded model. `source` is the checkpoint file or folder; `is_single_file` says which of the two."""
+
+    text_encoder: ClipTextEncoder
+    vae: Any  # diffusers AutoencoderKL
+    unet: Any  # diffusers UNet2DConditionModel
+    source: Path
+    is_single_file: bool
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """What to load and how; a dtype of None keeps the file's."""
+
+    path: str
+    v2: bool = False
+    dtype: torch.dtype | None = None  # U-Net and text encoder
+    vae_dtype: torch.dtype | None = None
+    device: torch.device | str = "cpu"
+    vae: str | None = None
+
+
+# --- loading ---------------------------------------------------------------------------------------------------
+def load_model(spec: LoadSpec) -> SdModules:
+    """A checkpoint file, a Diffusers folder or a hub name -> modules in eval mode without gradients.
+
+    Raises FileNotFoundError or ValueError that names the file, the component and the keys.
+    """
+    path = Path(spec.path).resolve() if Path(spec.path).exists() else Path(spec.path)
+    if path.is_file():
+        return _load_file(path, spec)
+    folder = path if path.is_dir() else hub_folder(spec.path, option="--pretrained_model_name_or_path")
+    return _load_folder(folder, spec)
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    v2: bool,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    vae: str | None = None,
+) -> SdModules:
+    """A single checkpoint file, a folder or a hub name -> modules, all in `dtype` (None: as stored)."""
+    return load_model(LoadSpec(str(path), v2=v2, dtype=dtype, vae_dtype=dtype, device=device, vae=vae))
+
+
+def load_diffusers_folder(
+    folder: str | Path, *, v2: bool, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> SdModules:
+    """A Diffusers folder with `unet`, `vae` and `text_encoder` -> modules, all in `dtype` (None: as stored)."""
+    return _load_folder(Path(folder), LoadSpec(str(folder), v2=v2, dtype=dtype, vae_dtype=dtype, device=device))
+
+
+def _load_file(path: Path, spec: LoadSpec) -> SdModules:
+    tensors = open_tensors(path)
+    hint = "Remove --v2." if spec.v2 else "Add --v2 if it is a Stable Diffusion 2.x model."
+    expected = ModelKind.SD2 if spec.v2 else ModelKind.SD1
+    check_kind(
+        tensors.shapes, expected, source=str(path), option="--pretrained_model_name_or_path",
+        hint=hint if layout_sd.UNET_PREFIX + "input_blocks.0.0.weight" in tensors.shapes else "",
+    )  # fmt: skip
+    tensors = layout_sd.normalize(tensors)
+    layout_sd.check_foreign_keys(tensors, v2=spec.v2)
+    text = layout_sd.text_tensors(tensors, v2=spec.v2)
+    if not text:
+        raise ValueError(f"{path} holds no text encoder; a complete checkpoint is needed.")
+    vae_part = layout_sd.vae_tensors(tensors)
+    if not vae_part and not spec.vae:
+        raise ValueError(f"{path} holds no VAE; name one with --vae.")
+    return SdModules(
+        text_encoder=build_clip(
+            text, activation="gelu" if spec.v2 else "quick_gelu", component="text encoder", dtype=spec.dtype,
+            device=spec.device,
+        ),
+        vae=load_vae(spec.vae, dtype=spec.vae_dtype, device=spec.device) if spec.vae
+        else build_vae(vae_part, dtype=spec.vae_dtype, device=spec.device),
+        unet=build_unet(layout_sd.unet_tensors(tensors), dtype=spec.dtype, device=spec.device, v2=spec.v2),
+        source=path,
+        is_single_file=True,
+    )  # fmt: skip
+
+
+def build_unet(
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    v2: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
+    """diffusers' U-Net for tensors in original layout; sizes come from shapes.
+
+    `config` is a folder's config.json: head counts, sample size and upcasting are taken from it. SD2 projections
+    become Linear layers whatever the form in the file.
+    """
+    from diffusers import UNet2DConditionModel
+
+    config = config or {}
+    if v2:
+        tensors = _linear_projections(tensors)
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim")
+    arguments = layout_unet.unet_config(shapes_of(tensors), heads=tuple(heads) if isinstance(heads, list) else heads)
+    arguments["sample_size"] = config.get("sample_size") or 64
+    arguments["upcast_attention"] = bool(config.get("upcast_attention", False))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**arguments)
+    rename_time_embedding(unet)
+    fill_module(unet, layout_unet.to_diffusers(tensors), component="U-Net", dtype=dtype, device=device)
+    return unet.eval().requires_grad_(False)
+
+
+def _linear_projections(tensors: Mapping[str, Tensor]) -> RenamedTensors:
+    plan = {
+        key: (key, layout_unet.projection_operation(key, shape, linear=True))
+        for key, shape in shapes_of(tensors).items()
+    }
+    return RenamedTensors(tensors, plan)
+
+
+def build_vae(
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    latent_channels: int = 4,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
+    """diffusers' AutoencoderKL for tensors in diffusers layout; sizes come from shapes.
+
+    `config` gives what shapes cannot tell (scaling_factor, shift_factor, force_upcast, sample_size).
+    Raises ValueError if the VAE has another number of latent channels.
+    """
+    from diffusers import AutoencoderKL
+
+    arguments = layout_vae.vae_config(shapes_of(tensors), scaling_factor=SCALING_FACTOR)
+    if arguments["latent_channels"] != latent_channels:
+        source = getattr(tensors, "source", "the given tensors")
+        raise ValueError(
+            f"{source}: this VAE has {arguments['latent_channels']} latent channels, the model needs {latent_channels}."
+        )
+    arguments.update({k: v for k, v in (config or {}).items() if k in _VAE_SETTINGS})
+    with torch.device("meta"):
+        vae = AutoencoderKL(**arguments)
+    fill_module(vae, tensors, component="VAE", dtype=dtype, device=device)
+    vae.weights_digest = _encoder_digest(tensors)
+    return vae.eval().requires_grad_(False)
+
+
+def _encoder_digest(tensors: Mapping[str, Tensor]) -> str:
+    """What identifies a VAE to latent caches: a hash of its encoder as stored, whatever dtype it runs in."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        if key.startswith(("encoder.", "quant_conv.")):
+            flat = tensors[key].detach().contiguous().reshape(-1).cpu()
+            digest.update(key.encode() + str(flat.dtype).encode())
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()[:32]
+
+
+_VAE_SETTINGS = ("scaling_factor", "shift_factor", "force_upcast", "sample_size")
+
+
+def load_vae(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    latent_channels: int = 4,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
+    """`--vae`: a VAE or full-model file of either layout, a Diffusers folder (its root or `vae/`), or a hub name."""
+    location = Path(path)
+    if location.is_file():
+        tensors = vae_part(open_tensors(location))
+        return build_vae(tensors, dtype=dtype, device=device, latent_channels=latent_channels, config=config)
+    if not location.is_dir():
+        location = hub_folder(str(path), option="--vae")
+    folder = location / "vae" if (location / "vae").is_dir() else location
+    tensors = layout_vae.to_diffusers(open_tensors(part_file(folder, "vae")))
+    settings = {**_read_config(folder), **(config or {})}
+    return build_vae(tensors, dtype=dtype, device=device, latent_channels=latent_channels, config=settings)
+
+
+def vae_part(tensors: LazyTensors) -> RenamedTensors:
+    """The VAE inside a file of any kind (bare, prefixed, inside a full model), in diffusers layout."""
+    check_not_quantised(tensors.shapes, source=tensors.source)
+    for prefix in layout_vae.VAE_PREFIXES:
+        if any(key.startswith(prefix) for key in tensors):
+            return layout_vae.to_diffusers(layout_sd.select(tensors, prefix))
+    plan = {key: (key, None) for key in tensors if not is_ignorable(key)}
+    part = layout_vae.to_diffusers(RenamedTensors(tensors, plan))
+    if not layout_vae.level_count(part.shapes):
+        raise ValueError(f"--vae {tensors.source} holds no VAE (keys: {', '.join(list(tensors)[:5])}).")
+    return part
+
+
+def _load_folder(folder: Path, spec: LoadSpec) -> SdModules:
+    for name in ("unet", "text_encoder") + (() if spec.vae else ("vae",)):
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"--pretrained_model_name_or_path {spec.path}: there is no folder '{name}' in it; "
+                "give a checkpoint file or a complete Diffusers folder."
+            )
+    variant = "fp16" if spec.dtype == torch.float16 else None
+    text = layout_clip.normalize_hf(open_tensors(part_file(folder / "text_encoder", "text_encoder", variant)))
+    text_config = _read_config(folder / "text_encoder")
+    overrides = {k: text_config[k] for k in ("hidden_act", "num_attention_heads") if k in text_config}
+    diffusers_unet = open_tensors(part_file(folder / "unet", "unet", variant))
+    names = layout_unet.names_to_original(diffusers_unet)
+    unet_tensors = RenamedTensors(diffusers_unet, {new: (old, None) for old, new in names.items()})
+    check_kind(
+        {layout_sd.UNET_PREFIX + key: shape for key, shape in unet_tensors.shapes.items()},
+        ModelKind.SD2 if spec.v2 else ModelKind.SD1,
+        source=str(folder), option="--pretrained_model_name_or_path",
+        hint="Remove --v2." if spec.v2 else "Add --v2 if it is a Stable Diffusion 2.x model.",
+    )  # fmt: skip
+    return SdModules(
+        text_encoder=build_clip(
+            text, activation="gelu" if spec.v2 else "quick_gelu", component="text encoder", dtype=spec.dtype,
+            device=spec.device, overrides=overrides,
+        ),
+        vae=load_vae(spec.vae or folder, dtype=spec.vae_dtype, device=spec.device),
+        unet=build_unet(
+            unet_tensors, dtype=spec.dtype, device=spec.device, v2=spec.v2, config=_read_config(folder / "unet")
+        ),
+        source=folder,
+        is_single_file=False,
+    )  # fmt: skip
+
+
+def part_file(folder: Path, part: str, variant: str | None = None) -> Path:
+    """The weights of one component folder: safetensors before pickles, the variant first, whole before sharded.
+
+    Raises FileNotFoundError that lists what was looked for.
+    """
+    stem = _PART_FILES.get(part, "diffusion_pytorch_model")
+    looked_for = []
+    for infix in [f".{variant}"] * bool(variant) + [""]:
+        for name in (f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"):
+            looked_for.append(name)
+        pickled = "pytorch_model" if stem == "model" else stem
+        looked_for.append(f"{pickled}{infix}.bin")
+    for name in looked_for:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} holds no weights; looked for {', '.join(looked_for)}.")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def hub_folder(name: str, *, option: str) -> Path:
+    """A hub model's local folder, downloaded unless it is in the cache. Raises FileNotFoundError with the reason."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"]
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise FileNotFoundError(f"{option} {name}: no such file or folder.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[f"*/{p}" for p in patterns] + ["model_index.json", *patterns]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise FileNotFoundError(
+            f"{option} {name}: no such file or folder, and it could not be fetched from huggingface.co "
+            f"({type(error).__name__}: {reason[0] if reason else 'no message'})."
+        ) from error
+
+
+# --- saving ----------------------------------------------------------------------------------------------------
+def save_checkpoint(
+    path: str | Path,
+    modules: SdModules,
+    *,
+    v2: bool,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    counters: tuple[int, int] = (0, 0),
+) -> None:
+    """Writes a single file, safetensors or pickle by its extension, atomically.
+
+    Component tensors are cast to `dtype` if given; keys that only the source checkpoint has keep their bits (EMA
+    copies are dropped). `counters` = (epochs, steps) of this run, added to those of a pickled source.
+    """
+    tensors = layout_sd.to_single_file(
+        modules.unet.state_dict(), modules.text_encoder.state_dict(),
+        None if modules.vae is None else modules.vae.state_dict(), v2=v2,
+    )  # fmt: skip
+    tensors = {key: cast(value.detach(), dtype=dtype) for key, value in tensors.items()}
+    source = open_tensors(modules.source) if modules.is_single_file and modules.source.is_file() else None
+    if source is not None:
+        tensors.update(layout_sd.preserved_tensors(source, tensors))
+    if v2 and f"{layout_sd.SD2_TEXT_PREFIX}text_projection" not in tensors:
+        layout_sd.add_sd2_tail(tensors)
+    if not any(key.startswith(layout_sd.VAE_PREFIX) for key in tensors):
+        raise ValueError(f"{path}: there is no VAE to write; name one with --vae.")
+    if is_safetensors(path):
+        save_tensors(path, tensors, metadata={"format": "pt", **(metadata or {})})
+        return
+    epoch, step = _counters_of(modules)
+    state = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+    save_pickle(path, {"state_dict": state, "epoch": epoch + counters[0], "global_step": step + counters[1]})
+
+
+def _counters_of(modules: SdModules) -> tuple[int, int]:
+    if not modules.is_single_file or is_safetensors(modules.source) or not modules.source.is_file():
+        return 0, 0
+    content = load_pickle(modules.source)
+    return content.epoch or 0, content.global_step or 0
+
+
+def scheduler_config(*, v_parameterization: bool) -> dict[str, Any]:
+    """The scheduler_config.json that goes into a Diffusers folder."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction" if v_parameterization else "epsilon",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "trained_betas": None,
+    }
+
+
+def save_diffusers_folder(
+    folder: str | Path,
+    modules: SdModules,
+    *,
+    v_parameterization: bool = False,
+    dtype: torch.dtype | None = None,
+    use_safetensors: bool = True,
+    tokenizer: ClipTokenizer | None = None,
+) -> None:
+    """Writes a pipeline folder (unet, vae, text_encoder, scheduler, tokenizer if one is at hand) without a network.
+
+    Text-encoder keys carry the `text_model.` level, which older libraries need and newer ones accept.
+    """
+    folder = Path(folder)
+    suffix = ".safetensors" if use_safetensors else ".bin"
+    for part in ("unet", "vae"):
+        module = getattr(modules, part)
+        _write_json(folder / part / "config.json", _module_config(module))
+        _write_part(folder / part / f"{_PART_FILES[part]}{suffix}", module, dtype)
+    text = modules.text_encoder
+    config = {**text.config.to_diff_dict(), "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    config.pop("_name_or_path", None)
+    config["dtype"] = str(dtype or text.dtype).removeprefix("torch.")
+    _write_json(folder / "text_encoder" / "config.json", config)
+    _write_part(folder / "text_encoder" / ("model.safetensors" if use_safetensors else "pytorch_model.bin"), text, dtype)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(v_parameterization=v_parameterization))
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+    else:
+        logger.warning("%s: no tokenizer was at hand; put its files into the folder 'tokenizer'", folder)
+    _write_json(folder / "model_index.json", _model_index(with_tokenizer=tokenizer is not None))
+
+
+def _module_config(module: Any) -> dict[str, Any]:
+    config = {k: v for k, v in dict(module.config).items() if k not in ("_name_or_path", "_use_default_values")}
+    return {"_class_name": type(module).__name__, **config}
+
+
+def _model_index(*, with_tokenizer: bool) -> dict[str, Any]:
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if not with_tokenizer:
+        index["tokenizer"] = [None, None]
+    return index
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _write_part(path: Path, module: nn.Module, dtype: torch.dtype | None) -> None:
+    if is_safetensors(path):
+        save_tensors(path, module.state_dict(), metadata={"format": "pt"}, dtype=dtype)
+    else:
+        save_pickle(path, {k: cast(v.detach(), dtype=dtype, device="cpu").clone() for k, v in module.state_dict().items()})
+

@@ -1,0 +1,1 @@
+"""From captions to token ids and on to encoder outputs: tokenizers, chunks of 75 tokens, prompt weights."""

@@ -1,0 +1,278 @@
+"""What a trainer or generator calls on any network, ours or a third party's such as `lycoris.kohya`.
+
+A network module offers `create_network` and `create_network_from_weights`. A network is an `nn.Module` with
+apply_to(text_encoder, unet, train_text_encoder, train_unet), prepare_optimizer_params(text_encoder_lr, unet_lr, lr),
+prepare_grad_etc(text_encoder, unet), on_epoch_start(text_encoder, unet), enable_gradient_checkpointing(),
+get_trainable_params() and save_weights(path, dtype, metadata); load_weights(path) if it shall continue a file.
+Optional: prepare_network(options), on_step_start(text_encoder, unet), set_multiplier(value), merge_to(...),
+apply_max_norm_regularization(value, device), update_norms(), update_grad_norms(), weight_norms(), grad_norms(),
+combined_weight_norms(), is_mergeable(), train_t5xxl. Never hand in a network that is wrapped (DDP): unwrap it first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+BUILT_IN = "networks.lora"
+_INSTALL_HINTS = {"lycoris": "pip install lycoris-lora"}
+
+
+@dataclass(frozen=True)
+class HostModels:
+    """The models that a network hooks into. `text_encoder` is one bare module, or a real `list` of several."""
+
+    vae: nn.Module | None
+    text_encoder: Any
+    unet: nn.Module
+
+
+@dataclass(frozen=True)
+class NetworkRequest:
+    """The user's choices for a network to train; `weights` is the file that ranks are taken from, if any."""
+
+    module: str
+    dim: int | None = None
+    alpha: float | None = 1.0
+    dropout: float | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    weights: str | Path | None = None
+
+
+def parse_network_args(items: Sequence[str] | None, option: str = "--network_args") -> dict[str, str]:
+    """`key=value` items as a dictionary, cut at the first `=`. Raises ValueError that names the item."""
+    arguments: dict[str, str] = {}
+    for item in items or []:
+        key, sign, value = str(item).partition("=")
+        if not sign or not key.strip():
+            raise ValueError(f"{option}: {item!r} is not of the form key=value.")
+        if key.strip() in arguments:
+            raise ValueError(f"{option}: {key.strip()} is given twice.")
+        arguments[key.strip()] = value
+    return arguments
+
+
+def training_arguments(request: NetworkRequest) -> dict[str, Any]:
+    """The keyword arguments of a network to train: the user's pairs, all text.
+
+    A fresh network also gets `dropout` (a number or None), where third-party networks look for it. With
+    `--network_args` given, this is the value of the metadata key `ss_network_args`.
+    """
+    arguments: dict[str, Any] = dict(request.arguments)
+    if request.weights is None:
+        arguments.setdefault("dropout", request.dropout)
+    return arguments
+
+
+# --- creating --------------------------------------------------------------------------------------------------
+def import_network_module(name: str) -> ModuleType:
+    """The module of `--network_module`. Raises ValueError that says where it was looked for, or what it lacks."""
+    if not name:
+        raise ValueError(f"--network_module is missing. For LoRA: --network_module {BUILT_IN}")
+    _add_script_folder()
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise ValueError(f"--network_module {name} needs {error.name}, which is not installed.") from error
+        raise ValueError(_not_found(name)) from error
+    except ImportError as error:
+        raise ValueError(f"--network_module {name} was found but cannot be imported: {error}") from error
+    for function in ("create_network", "create_network_from_weights"):
+        if not callable(getattr(module, function, None)):
+            raise ValueError(f"--network_module {name} ({module.__file__}) is not a network: it has no {function}().")
+    return module
+
+
+def _add_script_folder() -> None:
+    folder = str(Path(__file__).resolve().parent.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def _not_found(name: str) -> str:
+    hint = _INSTALL_HINTS.get(name.partition(".")[0])
+    advice = f"Install it ({hint})" if hint else f"Check the spelling (LoRA is {BUILT_IN}) or install its package"
+    return f"--network_module {name}: no such Python module. Looked in: {', '.join(filter(None, sys.path))}. {advice}."
+
+
+def create(request: NetworkRequest, models: HostModels) -> nn.Module:
+    """A network to train. Raises ValueError if the module makes none, FileNotFoundError without the rank file.
+
+    With `request.weights` it has the ranks of that file; the weights themselves are loaded after `apply`.
+    """
+    module = import_network_module(request.module)
+    arguments = training_arguments(request)
+    if request.weights is None:
+        network = module.create_network(
+            1.0, request.dim, request.alpha, models.vae, models.text_encoder, models.unet,
+            neuron_dropout=request.dropout, **arguments,
+        )  # fmt: skip
+        return _created(network, request.module, "these options")
+    if request.dropout is not None:
+        logger.warning("--network_dropout has no effect together with --dim_from_weights")
+    _require_file(request.weights, "--network_weights")
+    network, _ = module.create_network_from_weights(
+        1, str(request.weights), models.vae, models.text_encoder, models.unet, **arguments
+    )
+    return _created(network, request.module, request.weights)
+
+
+def create_for_generation(
+    module_name: str, path: str | Path, models: HostModels, multiplier: float = 1.0,
+    arguments: Mapping[str, str] | None = None,
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """(network, its weights) of a file; load the weights after `apply`, or merge them."""
+    _require_file(path, "--network_weights")
+    network, weights = import_network_module(module_name).create_network_from_weights(
+        multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True, **(arguments or {})
+    )
+    return _created(network, module_name, path), weights
+
+
+def create_from_tensors(
+    module_name: str, weights: dict[str, Tensor], models: HostModels, multiplier: float = 1.0
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """(network for generation, its weights) of tensors that are already read."""
+    network, weights = import_network_module(module_name).create_network_from_weights(
+        multiplier, None, models.vae, models.text_encoder, models.unet, weights, True
+    )
+    return _created(network, module_name, "the given weights"), weights
+
+
+def merge_base_weights(
+    module_name: str, path: str | Path, multiplier: float, models: HostModels,
+    *, dtype: torch.dtype | None, device: torch.device | str,
+) -> None:
+    """Merge a network file into the model before training (`--base_weights`)."""
+    _require_file(path, "--base_weights")
+    network, weights = import_network_module(module_name).create_network_from_weights(
+        multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True
+    )
+    network = _created(network, module_name, path)
+    if not hasattr(network, "merge_to"):
+        raise ValueError(f"--base_weights: networks of {module_name} cannot be merged into a model.")
+    network.merge_to(models.text_encoder, models.unet, weights, dtype, device)
+
+
+def _created(network: nn.Module | None, module_name: str, source: Any) -> nn.Module:
+    if network is None:
+        raise ValueError(f"--network_module {module_name} made no network from {source}.")
+    return network
+
+
+def _require_file(path: str | Path, option: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{option}: {path} does not exist.")
+
+
+# --- attaching -------------------------------------------------------------------------------------------------
+def prepare(network: nn.Module, options: Any) -> None:
+    """Give the network a read-only view of all options, if it wants one."""
+    if hasattr(network, "prepare_network"):
+        network.prepare_network(options)
+
+
+def apply(network: nn.Module, models: HostModels, train_text_encoder: bool, train_unet: bool) -> None:
+    """Hook the network into the models. Raises ValueError if it has no parameters then."""
+    network.apply_to(models.text_encoder, models.unet, train_text_encoder, train_unet)
+    if next(network.parameters(), None) is None:
+        raise ValueError(
+            f"The network ({type(network).__module__}) has nothing to train: it found no layer to adapt in "
+            f"{type(models.unet).__name__}. Does --network_module fit the model family?"
+        )
+
+
+def load_weights(network: nn.Module, path: str | Path) -> Any:
+    """Load `--network_weights` into an applied network; returns the network's own report."""
+    _require_file(path, "--network_weights")
+    return network.load_weights(str(path))
+
+
+def is_mergeable(network: nn.Module) -> bool:
+    """Whether the network says that it can be merged into the model; False if it does not say."""
+    return bool(network.is_mergeable()) if hasattr(network, "is_mergeable") else False
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------
+def optimizer_groups(
+    network: nn.Module,
+    text_encoder_lr: float | Sequence[float] | None,
+    unet_lr: float | None,
+    default_lr: float | None,
+    *,
+    trains_text_encoder: bool = True,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(optimizer groups, one name per group for the logs). Raises ValueError if there is nothing to train.
+
+    Networks with `prepare_optimizer_params_with_multiple_te_lrs` get all text-encoder rates, others the first one;
+    methods that take two rates only get no default.
+    """
+    if isinstance(text_encoder_lr, tuple):
+        text_encoder_lr = list(text_encoder_lr)
+    if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
+        result = network.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
+    else:
+        method = network.prepare_optimizer_params
+        rates = [_first_rate(text_encoder_lr), unet_lr, default_lr]
+        result = method(*rates) if _accepts(method, len(rates)) else method(*rates[:2])
+    groups, descriptions = result if isinstance(result, tuple) else (result, None)
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    if not any(group["params"] for group in groups):
+        raise ValueError("The network has nothing to train: its parts are switched off or have no learning rate.")
+    if descriptions is None or len(descriptions) != len(groups):
+        descriptions = _default_descriptions(len(groups), trains_text_encoder=trains_text_encoder)
+    return groups, [str(description).strip() for description in descriptions]
+
+
+def _first_rate(rates: float | Sequence[float] | None) -> float | None:
+    if rates is None or isinstance(rates, (int, float)):
+        return rates
+    if len(rates) > 1:
+        logger.warning("--text_encoder_lr: this network has one rate for all text encoders, %s is used", rates[0])
+    return rates[0] if rates else None
+
+
+def _accepts(method: Any, count: int) -> bool:
+    """Whether a method can be called with `count` positional arguments."""
+    try:
+        inspect.signature(method).bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _default_descriptions(count: int, *, trains_text_encoder: bool) -> list[str]:
+    if count > 2:
+        return [f"group{index}" for index in range(count)]
+    names = ["textencoder", "unet"] if trains_text_encoder else ["unet", "group1"]
+    return names[:count]
+
+
+# --- logs ------------------------------------------------------------------------------------------------------
+def reported_norms(network: nn.Module) -> dict[str, float]:
+    """Mean norms that the network reports by itself, for the logs; empty if it reports none."""
+    if not hasattr(network, "weight_norms"):
+        return {}
+    scalars = {}
+    for member, name in (
+        ("weight_norms", "norm/avg_key_norm"),
+        ("grad_norms", "norm/avg_grad_norm"),
+        ("combined_weight_norms", "norm/avg_combined_norm"),
+    ):
+        norms = getattr(network, member)() if hasattr(network, member) else None
+        if norms is not None:
+            scalars[name] = float(norms.mean())
+    return scalars
