@@ -198,11 +198,16 @@ def check(script: Script, command_line: CommandLine) -> CommandLine:
     return replace(command_line, options=checked.options, warnings=warnings)
 
 
+def data_kinds(script: Script, options: Options) -> SupportedKinds:
+    """The kinds of datasets that the script accepts; mask images come with `--masked_loss`."""
+    return replace(script.data, controlnet=script.data.controlnet or options.dataset.masked_loss)
+
+
 def _data_problems(script: Script, options: Options) -> Sequence[str]:
     """What is wrong with the dataset file or folders; the run reads them again and then gives the warnings."""
     if options.dataset.dataset_class:
         return ()
-    kinds = replace(script.data, controlnet=script.data.controlnet or options.dataset.masked_loss)
+    kinds = data_kinds(script, options)
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -255,7 +260,7 @@ def _main(script: Script, argv: Sequence[str]) -> None:
     for text in command_line.remarks:
         logger.info("%s", text)
     run, family, method = (resolve(path) for path in (script.run, script.family, script.method))
-    run(command_line.options, family, method)
+    run(command_line.options, family, method, data_kinds(script, command_line.options))
 
 
 def _write_options(script: Script, command_line: CommandLine) -> None:

@@ -6,9 +6,8 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,11 @@ from library.config_schema import DatasetConfig, SubsetConfig
 from library.data.metadata_file import read_metadata_file
 from library.hashes import file_sha256, legacy_file_hash
 from library.model_spec import CHECKPOINT, model_spec, program_revision
+from networks.contract import parse_network_args
 
 if TYPE_CHECKING:
     from library.data.dataset import BucketDataset, DatasetGroup
+    from library.data.records import ImageRecord
     from library.methods.base import TrainingMethod
     from library.options import Options
 
@@ -48,13 +49,15 @@ class RunFacts:
 
 
 class TrainingMetadata:
-    """The metadata of every file that one run saves; what stays the same is computed once, at the first save."""
+    """The metadata of every file that one run saves. What stays the same is computed here; model files are hashed."""
 
     def __init__(self, options: Options, group: DatasetGroup, method: TrainingMethod, facts: RunFacts) -> None:
         self._options = options
-        self._group = group
         self._method = method
-        self._facts = facts
+        self._base: dict[str, str] = {}
+        if method.writes_training_metadata:
+            further = method.family.model_metadata() | method.metadata()
+            self._base = training_metadata(options, group, facts, further)
 
     def at(self, *, epoch: int, steps: int, saved_at: float | None = None) -> dict[str, str]:
         """For a file saved after `steps` steps: `epoch` is as `step_metadata` wants it, `saved_at` is now."""
@@ -64,20 +67,11 @@ class TrainingMetadata:
             entries = step_metadata(self._base, epoch=epoch, steps=steps, finished_at=saved_at)
             if self._options.saving.no_metadata:
                 entries = {key: value for key, value in entries.items() if key in MINIMUM_KEYS}
-        model_type = self._method_metadata.get("model_type", CHECKPOINT)
+        model_type = self._method.metadata().get("model_type", CHECKPOINT)
         if model_type is not None:
             spec = model_spec(self._options, self._method.family.model_metadata(), model_type)
             entries |= spec.entries(saved_at)
         return entries
-
-    @cached_property
-    def _base(self) -> dict[str, str]:
-        further = self._method.family.model_metadata() | self._method_metadata
-        return training_metadata(self._options, self._group, self._facts, further)
-
-    @property
-    def _method_metadata(self) -> dict[str, Any]:
-        return self._method.metadata()
 
 
 def step_metadata(base: Mapping[str, str], *, epoch: int, steps: int, finished_at: float) -> dict[str, str]:
@@ -185,7 +179,7 @@ def _network_entries(options: Options, facts: RunFacts) -> dict[str, Any]:
     if text_rates is not None and len(text_rates) == 1:
         text_rates = text_rates[0]
     is_removed = facts.group_learning_rates_removed
-    entries = {
+    return {
         "ss_text_encoder_lr": None if is_removed else text_rates,
         "ss_unet_lr": None if is_removed else network.unet_lr,
         "ss_network_module": network.network_module,
@@ -194,12 +188,6 @@ def _network_entries(options: Options, facts: RunFacts) -> dict[str, Any]:
         "ss_network_dropout": network.network_dropout,
         "ss_scale_weight_norms": network.scale_weight_norms,
     }
-    if network.network_args:
-        arguments: dict[str, Any] = dict(argument.split("=", 1) for argument in network.network_args)
-        if not network.dim_from_weights:
-            arguments.setdefault("dropout", network.network_dropout)
-        entries["ss_network_args"] = json.dumps(arguments)
-    return entries
 
 
 def _file_entries(kind: str, path: str | None) -> dict[str, str]:
@@ -225,10 +213,10 @@ def _config_entries(group: DatasetGroup) -> dict[str, str]:
     for dataset in group.datasets:
         for name, counts in tag_frequencies(dataset).items():
             tag_frequency.setdefault(name, counts)
-        for subset, count in _counted_subsets(dataset):
+        for subset, records in _filled_subsets(dataset):
             if not subset.is_reg:
                 name = _free_name(_subset_name(subset), directories)
-                directories[name] = {"n_repeats": subset.num_repeats, "img_count": count}
+                directories[name] = {"n_repeats": subset.num_repeats, "img_count": len(records)}
     return {
         "ss_datasets": json.dumps([_dataset_table(dataset) for dataset in group.datasets]),
         "ss_tag_frequency": json.dumps(tag_frequency),
@@ -241,8 +229,8 @@ def _folder_entries(options: Options, group: DatasetGroup, facts: RunFacts) -> d
     [dataset] = group.datasets
     data, config = options.dataset, dataset.config
     directories: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
-    for subset, count in _counted_subsets(dataset):
-        directories[subset.is_reg][_subset_name(subset)] = {"n_repeats": subset.num_repeats, "img_count": count}
+    for subset, records in _filled_subsets(dataset):
+        directories[subset.is_reg][_subset_name(subset)] = {"n_repeats": subset.num_repeats, "img_count": len(records)}
     smallest, largest = _bucket_range(config)
     accumulation = options.training.gradient_accumulation_steps
     return {
@@ -269,7 +257,7 @@ def _dataset_table(dataset: BucketDataset) -> dict[str, Any]:
     config = dataset.config
     smallest, largest = _bucket_range(config)
     return {
-        "is_dreambooth": config.kind == "dreambooth",
+        "is_dreambooth": config.kind != "fine_tuning",
         "batch_size_per_device": config.batch_size,
         "num_train_images": dataset.num_train_images,
         "num_reg_images": dataset.num_reg_images,
@@ -280,7 +268,7 @@ def _dataset_table(dataset: BucketDataset) -> dict[str, Any]:
         "tag_frequency": tag_frequencies(dataset),
         "bucket_info": dataset.bucket_statistics(),
         "resize_interpolation": config.resize_interpolation,
-        "subsets": [_subset_table(subset, count) for subset, count in _counted_subsets(dataset)],
+        "subsets": [_subset_table(subset, len(records)) for subset, records in _filled_subsets(dataset)],
     }
 
 
@@ -312,28 +300,29 @@ def _subset_table(subset: SubsetConfig, count: int) -> dict[str, Any]:
 def tag_frequencies(dataset: BucketDataset) -> dict[str, dict[str, int]]:
     """{directory or metadata file: {lower-case tag: number of images}}; repeats do not count."""
     frequencies: dict[str, dict[str, int]] = {}
-    for index, subset in enumerate(dataset.config.subsets):
-        if subset.kind == "fine_tuning":
-            captions: Iterable[str] = _metadata_file_tags(subset)
-        else:
-            captions = (record.caption for record in dataset.records if record.subset_index == index)
+    for subset, records in _filled_subsets(dataset):
         counts = frequencies.setdefault(_subset_name(subset), {})
-        for caption in captions:
-            for tag in filter(None, (part.strip().lower() for part in caption.split(","))):
+        for text in _tag_texts(subset, records):
+            for tag in filter(None, (part.strip().lower() for part in text.split(","))):
                 counts[tag] = counts.get(tag, 0) + 1
-    return {name: counts for name, counts in frequencies.items() if counts}
+    return frequencies
 
 
-def _metadata_file_tags(subset: SubsetConfig) -> Iterable[str]:
-    return (entry.tags for entry in read_metadata_file(subset.metadata_file or "") if entry.tags)
+def _tag_texts(subset: SubsetConfig, records: Sequence[ImageRecord]) -> Iterable[str]:
+    """Captions; of metadata files only the tags."""
+    if subset.kind != "fine_tuning":
+        return (record.caption for record in records)
+    keys = {record.key.removeprefix(f"{subset.metadata_file}:") for record in records}
+    entries = read_metadata_file(subset.metadata_file or "")
+    return (entry.tags for entry in entries if entry.tags and entry.key in keys)
 
 
-def _counted_subsets(dataset: BucketDataset) -> Iterable[tuple[SubsetConfig, int]]:
-    """Every subset that has images, with their number without repeats."""
+def _filled_subsets(dataset: BucketDataset) -> Iterable[tuple[SubsetConfig, list[ImageRecord]]]:
+    """Every subset that has images, with its records."""
     for index, subset in enumerate(dataset.config.subsets):
-        count = sum(record.subset_index == index for record in dataset.records)
-        if count:
-            yield subset, count
+        records = [record for record in dataset.records if record.subset_index == index]
+        if records:
+            yield subset, records
 
 
 def _bucket_range(config: DatasetConfig) -> tuple[int | None, int | None]:

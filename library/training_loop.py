@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from library import devices, progress
-from library.config_util import DataConfig, describe, load_data_config
+from library.config_util import SupportedKinds, describe, load_data_config
 from library.data.cache import CacheOptions, cache_latents
 from library.data.dataset import DatasetGroup, build_group
-from library.data.discovery import discover
+from library.data.discovery import Surroundings, discover_all
 from library.data.loader import BatchLoader
 from library.families.base import ModelFamily
 from library.generation.training_samples import TrainingSampler
@@ -42,8 +42,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def train(options: Options, family_class: type[ModelFamily], method_class: type[TrainingMethod]) -> None:
-    """Train what `method_class` trains on the model that `family_class` knows, as `options` say."""
+def train(
+    options: Options, family_class: type[ModelFamily], method_class: type[TrainingMethod], kinds: SupportedKinds
+) -> None:
+    """Train what `method_class` trains on the model that `family_class` knows, as `options` say.
+
+    `kinds`: which kinds of datasets the script accepts.
+    """
     started_at = time.time()
     family = family_class(options)
     method = method_class(options, family)
@@ -52,13 +57,14 @@ def train(options: Options, family_class: type[ModelFamily], method_class: type[
     seed = resolve_seed(options, resumed)
     devices.seed_all(seed)
 
-    group = load_data(options, family, method, seed)
+    group = load_data(options, family, kinds, seed)
     if options.dataset.debug_dataset:
         show_data(options, group)
         return
 
     accelerator = make_accelerator(options, started_at)
     plan = StepPlan.make(options, len(group), accelerator.num_processes)
+    group.max_train_steps = plan.max_steps
     start = starting_position(options, plan, resumed)
     placement = load_models(options, family, method, group, accelerator)
     run, groups = make_run(options, method, placement, accelerator, plan, seed)
@@ -74,18 +80,20 @@ def raise_problems(problems: list[str]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def load_data(options: Options, family: ModelFamily, method: TrainingMethod, seed: int) -> DatasetGroup:
+def load_data(options: Options, family: ModelFamily, kinds: SupportedKinds, seed: int) -> DatasetGroup:
     """Dataset file or folders -> batches."""
-    config: DataConfig = load_data_config(
-        options.dataset, method.supported_data(), bucket_step=family.latent.bucket_step,
-        validation_split=options.validation.validation_split, validation_seed=options.validation.validation_seed,
+    validation = options.validation
+    config = load_data_config(
+        options.dataset, kinds, bucket_step=family.latent.bucket_step, validation_split=validation.validation_split,
+        validation_seed=seed if validation.validation_seed is None else validation.validation_seed,
     )
-    records = [discover(dataset, index) for index, dataset in enumerate(config.datasets)]
+    found = discover_all(config, Surroundings(latents_suffix=family.latent.cache_suffix))
+    records = [parts.training for parts in found]
     group = build_group(
         config, records, spec=family.latent, tokenize=family.tokenize, seed=seed,
         prior_loss_weight=options.loss.prior_loss_weight,
     )
-    logger.info("%s", describe(config, [len(found) for found in records]))
+    logger.info("%s", describe(config, records))
     return group
 
 
@@ -236,7 +244,7 @@ def make_outputs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], st
     options, accelerator, method = run.options, run.accelerator, run.method
     precision = Precision.from_options(options)
     names = SaveNames(Path(options.saving.output_dir), options.saving.output_name, method.file_extension)
-    metadata = TrainingMetadata(options, group, method, facts=run_facts(run, started_at))
+    metadata = TrainingMetadata(options, group, method, run_facts(run, started_at))
 
     def write_model(path: Path, epoch: int, steps: int) -> None:
         method.save(path, dtype=precision.save, metadata=metadata.at(epoch=epoch, steps=steps))
@@ -252,3 +260,15 @@ def make_outputs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], st
         total=run.plan.max_steps - (done if skipped else 0), done=0 if skipped else done,
     )
     return Outputs(saver, sampler, log)
+
+
+def run_facts(run: Run, started_at: float) -> RunFacts:
+    """What the metadata of every saved file says about this run."""
+    plan, created = run.plan, run.optimizer
+    return RunFacts(
+        started_at=started_at, seed=run.seed, batches_per_epoch=plan.batches_per_epoch, epochs=plan.epochs,
+        max_steps=plan.max_steps, optimizer=created.name, optimizer_args=created.args_text,
+        learning_rate=created.learning_rate, lr_scheduler=created.lr_scheduler,
+        group_learning_rates_removed=created.group_learning_rates_removed,
+        num_processes=run.accelerator.num_processes,
+    )

@@ -85,8 +85,8 @@ NAMES = {
 def test_every_name_makes_an_optimizer_that_steps(name: str) -> None:
     made = created(name)
     before = [parameter.detach().clone() for group in made.optimizer.param_groups for parameter in group["params"]]
-    step(made.optimizer, 1)
-    step(made.optimizer, 2)
+    for seed in range(8):  # RAdam begins with five steps that only collect statistics
+        step(made.optimizer, seed)
     after = [parameter.detach() for group in made.optimizer.param_groups for parameter in group["params"]]
     assert made.name == NAMES[name]
     assert all(torch.isfinite(value).all() for value in after)
@@ -238,7 +238,8 @@ def test_group_learning_rates_win_and_the_callers_groups_stay_as_they_are() -> N
 def test_nesterov_adds_momentum_and_says_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
     made = created(name)
     assert made.args_text == "nesterov=True,momentum=0.9"
-    assert made.optimizer.param_groups[0]["momentum"] == 0.9
+    group = made.optimizer.param_groups[0]
+    assert 0.9 in (group.get("momentum"), group.get("betas", (None,))[0])
     assert "needs a momentum; 0.9 is used" in warnings_of(caplog)
 
 
@@ -326,7 +327,7 @@ RESUMABLE = [
     ("DAdaptAdan", ()),
     ("DAdaptLion", ()),
     ("AdamWScheduleFree", ("warmup_steps=5",)),
-    ("RAdamScheduleFree", ()),
+    ("RAdamScheduleFree", ("silent_sgd_phase=False",)),
     ("SGDNesterov", ()),
 ]
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.config_util import SupportedKinds
 from library.data.records import Batch
 from library.families.base import Conditioning, ModelFamily, SizeConditioning
 from library.losses import apply_mask, elementwise_loss
@@ -84,10 +83,6 @@ class TrainingMethod(ABC):
     @abstractmethod
     def check_options(self) -> list[str]:
         """Problems with the options that concern this method, one sentence each."""
-
-    @abstractmethod
-    def supported_data(self) -> SupportedKinds:
-        """Which kinds of datasets this method can train on."""
 
     # --- set-up --------------------------------------------------------------------------------------------
     def before_caching(self, placement: Placement) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.config_util import SupportedKinds
 from library.data.records import Batch
 from library.families.base import Conditioning
 from library.methods.base import LossRecipe, ParameterGroup, Placement, TrainingMethod
@@ -41,12 +41,6 @@ class NetworkTraining(TrainingMethod):
             return [str(error)]
         return []
 
-    def supported_data(self) -> SupportedKinds:
-        """Every kind; mask images need `--masked_loss`."""
-        return SupportedKinds(
-            dreambooth=True, fine_tuning=True, controlnet=self.options.dataset.masked_loss, caption_dropout=True
-        )
-
     # --- set-up --------------------------------------------------------------------------------------------
     def before_caching(self, placement: Placement) -> None:
         """Merge `--base_weights` into the model, so that caches already see them."""
@@ -64,7 +58,7 @@ class NetworkTraining(TrainingMethod):
         """Create the network, hook it into the model, place everything."""
         options, family = self.options, self.family
         chosen = options.network
-        self.network = self._create()
+        self.network = contract.create(self._request(), self._models())
         self._disable_unsupported_options()
         contract.prepare(self.network, read_only_namespace(options))
         train_text_encoder = not chosen.network_train_unet_only and not placement.text_outputs_cached
@@ -95,14 +89,13 @@ class NetworkTraining(TrainingMethod):
     def _models(self) -> contract.HostModels:
         return contract.HostModels(self.family.vae, self.family.network_text_encoders(), self.family.denoiser)
 
-    def _create(self) -> nn.Module:
+    def _request(self) -> contract.NetworkRequest:
         chosen = self.options.network
-        request = contract.NetworkRequest(
+        return contract.NetworkRequest(
             module=chosen.network_module, dim=chosen.network_dim, alpha=chosen.network_alpha,
             dropout=chosen.network_dropout, arguments=contract.parse_network_args(chosen.network_args),
             weights=chosen.network_weights if chosen.dim_from_weights else None,
         )
-        return contract.create(request, self._models())
 
     def _disable_unsupported_options(self) -> None:
         self.max_norm = self.options.network.scale_weight_norms
@@ -192,8 +185,11 @@ class NetworkTraining(TrainingMethod):
         return f".{self.options.saving.save_model_as}"
 
     def metadata(self) -> dict[str, Any]:
-        """Networks are `<architecture>/lora` whatever their algorithm."""
-        return {"model_type": "lora"}
+        """Networks are `<architecture>/lora` whatever their algorithm; their arguments are JSON."""
+        entries: dict[str, Any] = {"model_type": "lora"}
+        if self.options.network.network_args:
+            entries["ss_network_args"] = json.dumps(contract.training_arguments(self._request()))
+        return entries
 
 
 def _common_multiplier(multipliers: Tensor) -> float:
