@@ -148,7 +148,7 @@ def _decide(entry: CheckedDataset, kind: Kind, wider: list[Values], location: st
     subsets = tuple(
         SubsetConfig(
             kind=kind,
-            location=f"{location}.subsets[{index}]" if location else str(own.get("image_dir", own.get("metadata_file"))),
+            location=f"{location}.subsets[{index}]" if location else own.get("image_dir") or own["metadata_file"],
             **_first(SUBSET_KEYS, kind, [own, *layers]),
         )
         for index, own in enumerate(entry.subsets)

@@ -331,6 +331,8 @@ def _by_path(path: str, optimizer: torch.optim.Optimizer, warmup: int, arguments
             f"--lr_scheduler_type {path} is no class of {module_name or 'torch.optim.lr_scheduler'} "
             f"(upper and lower case count). In torch.optim.lr_scheduler: {', '.join(names)}."
         )
+    if issubclass(found, torch_schedules.ReduceLROnPlateau):
+        raise UserError(f"--lr_scheduler_type {path} waits for a measured value at every step, which training lacks.")
     try:
         return found(optimizer, **arguments)
     except (TypeError, ValueError) as error:

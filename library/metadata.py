@@ -15,7 +15,6 @@ from library.config_schema import DatasetConfig, SubsetConfig
 from library.data.metadata_file import read_metadata_file
 from library.hashes import file_sha256, legacy_file_hash
 from library.model_spec import CHECKPOINT, model_spec, program_revision
-from networks.contract import parse_network_args
 
 if TYPE_CHECKING:
     from library.data.dataset import BucketDataset, DatasetGroup

@@ -95,11 +95,14 @@ def _allow_unscaling_half_gradients(scaler: Any) -> None:
     scaler._unscale_grads_ = unscale_half_too
 
 
-def resolve_seed(options: Options, progress: SavedProgress | None) -> int:
-    """`--seed`, else the seed of the resumed state, else a random one; warns when a resume changes the seed."""
+def resolve_seed(options: Options, progress: SavedProgress | None, accelerator: Accelerator) -> int:
+    """`--seed`, else the seed of the resumed state, else a random one that all processes share."""
+    from accelerate.utils import broadcast_object_list
+
     given, saved = options.training.seed, progress.seed if progress else None
     if given is None:
-        return saved if saved is not None else random.SystemRandom().randint(0, 2**32 - 1)
+        drawn = [saved if saved is not None else random.SystemRandom().randint(0, 2**32 - 1)]
+        return int(broadcast_object_list(drawn)[0]) if accelerator.num_processes > 1 else drawn[0]
     if saved is not None and saved != given:
         logger.warning("--seed %d differs from the resumed run's seed %d: the data order changes.", given, saved)
     return given

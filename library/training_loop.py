@@ -54,15 +54,15 @@ def train(
     method = method_class(options, family)
     raise_problems(family.check_options() + method.check_options())
     resumed = resumed_progress(options)
-    seed = resolve_seed(options, resumed)
+    accelerator = make_accelerator(options, started_at)
+    seed = resolve_seed(options, resumed, accelerator)
     devices.seed_all(seed)
 
-    group = load_data(options, family, kinds, seed)
+    group = load_data(options, family, kinds, seed, is_main_process=accelerator.is_main_process)
     if options.dataset.debug_dataset:
         show_data(options, group)
         return
 
-    accelerator = make_accelerator(options, started_at)
     plan = StepPlan.make(options, len(group), accelerator.num_processes)
     group.max_train_steps = plan.max_steps
     start = starting_position(options, plan, resumed)
@@ -80,14 +80,16 @@ def raise_problems(problems: list[str]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def load_data(options: Options, family: ModelFamily, kinds: SupportedKinds, seed: int) -> DatasetGroup:
+def load_data(
+    options: Options, family: ModelFamily, kinds: SupportedKinds, seed: int, *, is_main_process: bool
+) -> DatasetGroup:
     """Dataset file or folders -> batches."""
     validation = options.validation
     config = load_data_config(
         options.dataset, kinds, bucket_step=family.latent.bucket_step, validation_split=validation.validation_split,
         validation_seed=seed if validation.validation_seed is None else validation.validation_seed,
     )
-    found = discover_all(config, Surroundings(latents_suffix=family.latent.cache_suffix))
+    found = discover_all(config, Surroundings(family.latent.cache_suffix, is_main_process))
     records = [parts.training for parts in found]
     group = build_group(
         config, records, spec=family.latent, tokenize=family.tokenize, seed=seed,

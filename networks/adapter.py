@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from networks.arguments import checked_probability
 
 
+def full_precision(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or as it is in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 @dataclass(frozen=True)
 class Dropouts:
     """Probabilities used in training mode: of single hidden values, of whole ranks per sample, of the whole module."""
@@ -67,10 +72,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def get_weight(self, multiplier: float | None = None) -> Tensor:
-        """What the adapter adds to the layer's weight, float32, in the weight's shape (default: own multiplier)."""
+        """What the adapter adds to the layer's weight, at least float32, in its shape (default: own multiplier)."""
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """The weight [float32] that makes the layer alone behave like layer and adapter together."""
+        """The weight (at least float32) that makes the layer alone behave like layer and adapter together."""
         return weight + self.get_weight().to(weight.device).reshape(weight.shape)
 
     @abstractmethod
@@ -84,9 +89,9 @@ class Adapter(nn.Module, ABC):
     # --- merging -------------------------------------------------------------------------------------------
     @torch.no_grad()
     def merge_to_host(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
-        """Add the change to the layer's weight in place; computed in float32 on `device`, rounded to `dtype` first."""
+        """Add the change to the layer's weight in place; computed at least in float32 on `device`, rounded to `dtype`."""
         weight = self.host.weight
-        merged = self.merged_weight(weight.to(device=device or weight.device, dtype=torch.float32))
+        merged = self.merged_weight(full_precision(weight.to(device=device or weight.device)))
         weight.copy_(merged.to(dtype or weight.dtype))
 
     def backup_weight(self) -> None:

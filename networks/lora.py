@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.adapter import Adapter, Dropouts
+from networks.adapter import Adapter, Dropouts, full_precision
 from networks.arguments import NetworkArguments, checked_rank
 from networks.blocks import (
     get_block_dims_and_alphas,
@@ -92,15 +92,19 @@ class LoRAModule(Adapter):
         return keep
 
     def get_weight(self, multiplier: float | None = None) -> Tensor:
-        """multiplier * scale * (up x down), float32, in the shape of the layer's weight."""
+        """multiplier * scale * (up x down), at least float32, in the shape of the layer's weight."""
         factor = self.multiplier if multiplier is None else multiplier
-        up, down = self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
+        up, down = self._factors()
         return (factor * self.scale * (up @ down)).reshape(self.host.weight.shape)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(up [out, r], down [r, in * kernel]), at least float32."""
+        return full_precision(self.lora_up.weight).flatten(1), full_precision(self.lora_down.weight).flatten(1)
 
     @torch.no_grad()
     def weight_norm(self) -> Tensor:
         """Frobenius norm of scale * (up x down), from the r x r Gram matrices."""
-        up, down = self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
+        up, down = self._factors()
         squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
         return self.scale * squared.sqrt()
 

@@ -117,6 +117,9 @@ class GaussianFamily(ModelFamily):
     def make_objective(self) -> Any:
         raise NotImplementedError
 
+    def enable_gradient_checkpointing(self) -> None:
+        raise NotImplementedError
+
     def blocks(self) -> list[tuple[str, nn.Module]]:
         return []
 

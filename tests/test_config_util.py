@@ -188,7 +188,7 @@ def test_kinds_are_recognised_per_dataset(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("supported", "subset", "expected"),
     [
-        (SupportedKinds(), {"image_dir": "a", "conditioning_data_dir": "masks"}, "conditioning_data_dir needs --masked"),
+        (SupportedKinds(), {"image_dir": "a", "conditioning_data_dir": "masks"}, "_dir needs --masked_loss"),
         (SupportedKinds(fine_tuning=False), {"image_dir": "a", "metadata_file": "meta.json"}, "does not train"),
         (SupportedKinds(dreambooth=False), {"image_dir": "a"}, "metadata_file: required key not provided"),
         (SupportedKinds(), {}, "subsets[0].image_dir: required key not provided"),

@@ -22,6 +22,7 @@ from library.generation.request import ImageRequest
 from library.generation.training_samples import TrainingSampler, sampling_problems
 from library.options import Options, make_options
 from tests.gaussian import STD, GaussianFamily
+from tests.golden import FOLDER
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 about diffusers
 
@@ -174,9 +175,8 @@ def test_another_forward_pass_can_take_the_place_of_the_familys() -> None:
 
         return predict
 
-    changed, direct = draw(family, request("0.2"), device="cpu", dtype=torch.float32, predict_for=shifted_by) + images_of(
-        family, request("0.7")
-    )
+    (changed,) = images_of(family, request("0.2"), predict_for=shifted_by)
+    (direct,) = images_of(family, request("0.7"))
     assert asked == ["0.2"]
     assert np.abs(np.asarray(changed).astype(int) - np.asarray(direct)).max() <= 1
 
@@ -299,9 +299,8 @@ def test_sampling_leaves_every_generator_as_it_was(tmp_path: Path) -> None:
 
 def test_bad_prompts_are_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sampler = TrainingSampler(training_options(tmp_path, PROMPTS), accelerator=accelerator())
-    (tmp_path / "prompts.txt").write_text(
-        "0.4 --w 64 --h 64 --s 1 --zz 3\nnot a number --s 1\n0.3 --ss eular\n0.2 --w 64 --h 64 --s 1\n", encoding="utf-8"
-    )
+    lines = ["0.4 --w 64 --h 64 --s 1 --zz 3", "not a number --s 1", "0.3 --ss eular", "0.2 --w 64 --h 64 --s 1"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         first = sampler.draw(GaussianFamily(), epoch=None, step=2)
         sampler.draw(GaussianFamily(), epoch=None, step=4)
@@ -357,3 +356,45 @@ def test_unknown_samplers_in_the_file_are_found_before_training(tmp_path: Path) 
 
 def test_prompts_without_a_reason_to_sample_are_no_problem() -> None:
     assert sampling_problems(make_options(sample_prompts="none.txt")) == []
+
+
+# --- against another program ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_a_real_model_draws_what_diffusers_pipeline_draws(sampler: str) -> None:
+    import diffusers
+
+    from library.families.sd import StableDiffusion
+
+    family = StableDiffusion(
+        make_options(
+            pretrained_model_name_or_path=str(FOLDER / "models" / "sd1_tiny.safetensors"),
+            tokenizer_cache_dir=str(FOLDER / "tokenizers"),
+        )
+    )
+    family.load(weight_dtype=torch.float32, vae_dtype=torch.float32, device="cpu")
+    prompt, negative = "a (red:1.3) castle near the water", "dark, sketch"
+    ours = draw(
+        family, request(prompt, negative_prompt=negative, height=64, steps=4, scale=5.0, sampler=sampler),
+        device="cpu", dtype=torch.float32,
+    )[0]  # fmt: skip
+
+    schedule: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = {
+        "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, **schedule),
+        "euler_a": lambda: diffusers.EulerAncestralDiscreteScheduler(**schedule),
+    }[sampler]()
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=family.vae, unet=family.denoiser, scheduler=scheduler, text_encoder=None, tokenizer=None,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    positive, unconditional = family.encode_prompts([prompt], [negative])
+    theirs = pipeline(
+        prompt_embeds=positive["context"], negative_prompt_embeds=unconditional["context"], width=128, height=64,
+        num_inference_steps=4, guidance_scale=5.0, generator=[torch.Generator().manual_seed(1)],
+    ).images[0]  # fmt: skip
+    assert np.asarray(ours).std() > 10
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1

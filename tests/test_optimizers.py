@@ -163,7 +163,9 @@ def test_only_the_package_of_the_class_is_imported(monkeypatch: pytest.MonkeyPat
     assert made.is_schedule_free
 
 
-@pytest.mark.parametrize(("name", "expected"), [("adamwschedulefree", True), ("a.B.XScheduleFree", True), ("AdamW", False)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("adamwschedulefree", True), ("a.B.XScheduleFree", True), ("AdamW", False)]
+)
 def test_schedule_free_optimizers_are_told_by_name(name: str, expected: bool) -> None:
     assert is_schedule_free(name) is expected
 

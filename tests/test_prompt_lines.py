@@ -20,7 +20,9 @@ from library.generation.request import (
 from library.sampling_spec import SamplingDefaults
 
 CASES = json.loads((Path(__file__).parent / "data" / "prompt_syntax.json").read_text(encoding="utf-8"))
-IGNORED_PARTLY = {"unknown_ignored", "double_space_value", "dash_in_text", "value_trailing", "negative_number", "s4", "empty_negative"}
+IGNORED_PARTLY = {
+    "unknown_ignored", "double_space_value", "dash_in_text", "value_trailing", "negative_number", "empty_negative", "s4",
+}  # fmt: skip
 
 
 def ids(cases: list[dict]) -> list[str]:
@@ -76,7 +78,8 @@ def requests(path: Path, **defaults: object) -> list[ImageRequest]:
 
 def test_text_file_skips_blank_lines_and_comments(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_text("# comment\n\n a cat --w 100 --h 30 --d 3\n   \nein Häuschen --s 0 --l 1.5 --ss ddim\n", encoding="utf-8")
+    text = "# comment\n\n a cat --w 100 --h 30 --d 3\n   \nein Häuschen --s 0 --l 1.5 --ss ddim\n"
+    path.write_text(text, encoding="utf-8")
     first, second = requests(path)
     assert (first.prompt, first.width, first.height, first.seed, first.sampler) == ("a cat", 96, 64, 3, "euler")
     assert (second.prompt, second.steps, second.scale, second.sampler) == ("ein Häuschen", 1, 1.5, "ddim")
@@ -87,7 +90,8 @@ def test_defaults_come_from_the_model(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a --w 100\n", encoding="utf-8")
     (request,) = requests(path, size_multiple=16, steps=20, scale=1.0, guidance_scale=3.5)
-    assert (request.width, request.height, request.steps, request.scale, request.guidance_scale) == (96, 512, 20, 1.0, 3.5)
+    assert (request.width, request.height, request.steps) == (96, 512, 20)
+    assert (request.scale, request.guidance_scale) == (1.0, 3.5)
 
 
 def test_toml_subsets_win_over_common_keys(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def read_info_cache(image_dir: str) -> dict[str, tuple[str, tuple[int, int]]] | 
             content = json.load(file)
         return {_present(key, image_dir): _entry(value) for key, value in content.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        detail = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not a file that --cache_info wrote ({detail}); delete it to have it rebuilt") from error
+        reason = f"not a file that --cache_info wrote ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {reason}; delete it to have it rebuilt") from error
 
 
 def _present(key: str, image_dir: str) -> str:

@@ -6,7 +6,6 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -18,23 +17,10 @@ from library.generation.request import ImageRequest, batches
 from library.generation.samplers import Sampler, make_sampler
 from library.sampling_spec import SamplingSpec
 
-if TYPE_CHECKING:
-    from library.objectives import DdpmObjective
-
 logger = logging.getLogger(__name__)
 
 # (x_t [R,C,h,w], timesteps float32 [R], conditioning, sizes) -> raw prediction [R,C,h,w]; R rows of all guidance parts
 Predict = Callable[[Tensor, Tensor, Conditioning, SizeConditioning], Tensor]
-
-
-def sampling_spec(family: ModelFamily) -> SamplingSpec:
-    """How `family` is sampled: what its `sampling_spec()` says, else the DDPM table of its objective."""
-    own = getattr(family, "sampling_spec", None)
-    if own is not None:
-        return own()
-    objective: DdpmObjective = family.make_objective()  # type: ignore[assignment]
-    prediction_type = "v_prediction" if objective.config.v_parameterization else "epsilon"
-    return SamplingSpec(betas=objective.schedule.betas, prediction_type=prediction_type)
 
 
 @torch.no_grad()
@@ -56,7 +42,7 @@ def draw(
     """
     requests = [requests] if isinstance(requests, ImageRequest) else list(requests)
     device = torch.device(device)
-    spec = sampling_spec(family)
+    spec = family.sampling_spec()
     images: list[Image.Image] = []
     with evaluation_mode([family.denoiser, family.vae, *family.text_encoders]):
         for batch in batches(requests, batch_size):

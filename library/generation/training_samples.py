@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from library.families.base import ModelFamily
-from library.generation.engine import Predict, draw, sampling_spec
+from library.generation.engine import Predict, draw
 from library.generation.prompt_file import PromptEntry, check_prompt_file, read_prompt_file
 from library.generation.request import ImageRequest
 from library.generation.samplers import check_sampler
@@ -113,7 +113,7 @@ class TrainingSampler:
     def _draw_entry(self, family: ModelFamily, entry: PromptEntry, *, epoch: int | None, step: int) -> Path | None:
         options = self._options
         try:
-            request, warnings = entry.request(sampling_spec(family).defaults, options.sampling.sample_sampler)
+            request, warnings = entry.request(family.sampling_spec().defaults, options.sampling.sample_sampler)
             self._warn_once(warnings)
             request = replace(request, clip_skip=options.model.clip_skip)
             [image] = draw(

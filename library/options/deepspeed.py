@@ -12,7 +12,7 @@ OFFLOAD_DEVICES = (None, "cpu", "nvme")
 @dataclass(frozen=True)
 class DeepSpeedOptions:
     deepspeed: bool = flag("train with DeepSpeed")
-    zero_stage: int = option("ZeRO stage", 2, type="int", choices=(0, 1, 2, 3))
+    zero_stage: int = option("how much is split over devices (ZeRO stage)", 2, type="int", choices=(0, 1, 2, 3))
     offload_optimizer_device: str | None = option("where the optimizer's state is kept", choices=OFFLOAD_DEVICES)
     offload_optimizer_nvme_path: str | None = option("folder for an optimizer state kept on nvme")
     offload_param_device: str | None = option("ZeRO 3: where weights are kept", choices=OFFLOAD_DEVICES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,8 +91,12 @@ class ClipTokenizer:
             )
 
     def save(self, folder: Path) -> None:
-        """Writes the tokenizer's files."""
+        """Writes the tokenizer's files, also `vocab.json` and `merges.txt`, which older libraries need."""
         self.tokenizer.save_pretrained(str(folder))
+        model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
+        merges = [item if isinstance(item, str) else " ".join(item) for item in model["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 def load_tokenizer(
@@ -108,19 +113,19 @@ def load_tokenizer(
     for folder in (_folder_of_model(source, model_path), cached):
         if folder is None:
             continue
-        if (folder / "tokenizer_config.json").is_file() or (folder / "vocab.json").is_file():
-            return _from_folder(folder, source)
+        if _has_vocabulary(folder):
+            return _from_folder(folder, source, name=str(folder))
         tried.append(str(folder))
     for local_only in (True, False):
         try:
-            tokenizer = _from_hub(source, local_only=local_only)
+            found = _from_folder(_hub_folder(source, local_only=local_only), source, name=source.hub_id)
         except Exception as error:
             place = "the local hub cache" if local_only else "huggingface.co"
             tried.append(f"{place} ({source.hub_id}: {type(error).__name__})")
             continue
         if cached is not None:
-            tokenizer.save_pretrained(str(cached))
-        return ClipTokenizer(tokenizer, source=source.hub_id, pad=source.pad)
+            found.save(cached)
+        return found
     tokenizer = _from_open_clip()
     if tokenizer is not None:
         return ClipTokenizer(tokenizer, source="the installed open_clip_torch", pad=source.pad)
@@ -139,16 +144,30 @@ def _folder_of_model(source: TokenizerSource, model_path: str | Path | None) -> 
     return path.resolve().parent / source.model_folder if path.is_file() else None
 
 
-def _from_folder(folder: Path, source: TokenizerSource) -> ClipTokenizer:
+def _has_vocabulary(folder: Path) -> bool:
+    """Without these files transformers would silently make a tokenizer that knows nothing."""
+    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+
+
+def _from_folder(folder: Path, source: TokenizerSource, *, name: str) -> ClipTokenizer:
     from transformers import CLIPTokenizer
 
-    return ClipTokenizer(CLIPTokenizer.from_pretrained(str(folder)), source=str(folder), pad=source.pad)
+    return ClipTokenizer(CLIPTokenizer.from_pretrained(str(folder)), source=name, pad=source.pad)
 
 
-def _from_hub(source: TokenizerSource, *, local_only: bool) -> Any:
-    from transformers import CLIPTokenizer
+def _hub_folder(source: TokenizerSource, *, local_only: bool) -> Path:
+    """The local copy of a hub tokenizer's files; downloaded unless `local_only`. Raises if there is none."""
+    from huggingface_hub import snapshot_download
 
-    return CLIPTokenizer.from_pretrained(source.hub_id, subfolder=source.hub_folder, local_files_only=local_only)
+    prefix = f"{source.hub_folder}/" if source.hub_folder else ""
+    names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+    root = snapshot_download(
+        source.hub_id, allow_patterns=[prefix + name for name in names], local_files_only=local_only
+    )
+    folder = Path(root) / source.hub_folder
+    if not _has_vocabulary(folder):
+        raise FileNotFoundError(f"{source.hub_id} has no tokenizer files in {folder}")
+    return folder
 
 
 def _from_open_clip() -> Any | None:
