@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from library.checkpoints import layout_unet, layout_vae
-from library.checkpoints.tensors import TensorDict
+from library.checkpoints import layout_sd
+from library.checkpoints.tensors import save_tensors
 
 CHECKPOINT_NAME = "shapes_sd15.safetensors"
 TOKENIZER_NAME = "tokenizer"
@@ -50,23 +49,14 @@ def build_text_encoder(size: BaseSize, tokenizer: CLIPTokenizer) -> CLIPTextMode
     ))
 
 
-def _prefixed(prefix: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-
-
 def single_file_tensors(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """All tensors under the names of the original SD 1.x single-file layout."""
-    unet_tensors = dict(layout_unet.to_original(TensorDict(unet.state_dict(), source="U-Net"), linear_projection=False))
-    vae_tensors = dict(layout_vae.to_compvis(TensorDict(vae.state_dict(), source="VAE")))
-    text = {name.removeprefix("text_model."): tensor for name, tensor in text_encoder.state_dict().items()}
-    text = {name: tensor for name, tensor in text.items() if not name.endswith("position_ids")}
-    return {
-        **_prefixed("model.diffusion_model.", unet_tensors, dtype),
-        **_prefixed("first_stage_model.", vae_tensors, dtype),
-        **_prefixed("cond_stage_model.transformer.text_model.", text, dtype),
-    }
+    text = {"text_model." + name.removeprefix("text_model."): tensor
+            for name, tensor in text_encoder.state_dict().items() if not name.endswith("position_ids")}
+    tensors = layout_sd.to_single_file(unet.state_dict(), text, vae.state_dict(), v2=False)
+    return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def save_single_file(
@@ -78,7 +68,5 @@ def save_single_file(
     path = folder / CHECKPOINT_NAME
     metadata = {"modelspec.title": "Shapes", "modelspec.architecture": "stable-diffusion-v1",
                 "modelspec.resolution": "64x64", "modelspec.prediction_type": "epsilon", "format": "pt"}
-    temporary = path.with_suffix(".part")
-    save_file(single_file_tensors(unet, text_encoder, vae, dtype), temporary, metadata=metadata)
-    temporary.replace(path)
+    save_tensors(path, single_file_tensors(unet, text_encoder, vae, dtype), metadata=metadata)
     return path

@@ -25,6 +25,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OFFLINE_SIGNS = (
     "newconnectionerror", "name resolution", "failed to establish", "network is unreachable", "connection refused",
     "connecttimeout", "getaddrinfo", "connection broken", "max retries exceeded", "nodename nor servname",
+    "from versions: none",
 )  # fmt: skip
 LIST_MISSING = """
 import importlib.metadata, sys
@@ -200,7 +201,9 @@ def run_pip(command: list[str], say: Callable[[str], None] = print) -> None:
         return
     output = "".join(lines).lower()
     if any(sign in output for sign in OFFLINE_SIGNS):
-        raise SetupError("the package index cannot be reached (offline?). Connect, and run this again.")
+        raise SetupError(
+            "the package index cannot be reached, or has nothing for this machine (offline?). Connect, and try again."
+        )
     raise SetupError(f"pip failed with status {process.returncode}; its messages stand above.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import signal
 import sys
 import threading
@@ -282,11 +283,25 @@ def resolve(dotted_path: str) -> Any:
 
 
 def _lines(error: Exception) -> Sequence[str]:
-    """What to print for a mistake, one entry per mistake."""
+    """What to print for a mistake, one line per mistake; a line from another package says where it comes from."""
     if isinstance(error, ModuleNotFoundError):
         return (f"{error}. Install what the scripts need with: python quickstart.py",)
-    problems = getattr(error, "problems", None)
-    return tuple(problems) if problems else (str(error) or type(error).__name__,)
+    text = str(error) or type(error).__name__
+    worker = list(re.finditer(r"^[\w.]+(?:Error|Exception): ", text, re.MULTILINE)) if "Traceback" in text else []
+    if worker:  # a data worker hands its whole traceback over
+        text = text[worker[-1].end() :]
+    lines = [line for line in text.splitlines() if line.strip()] or [text]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    if not worker and not _is_ours(Path(place.filename)):
+        name = type(error).__name__
+        lines[-1] += f" ({name} in {place.filename}:{place.lineno}; --console_log_level DEBUG shows how it came to it)"
+    return lines
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a source file belongs to this project."""
+    root = Path(__file__).resolve().parent.parent
+    return path.resolve().is_relative_to(root) and "site-packages" not in path.parts
 
 
 @contextmanager

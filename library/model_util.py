@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import layout_clip, layout_sd, layout_unet, layout_vae
-from library.checkpoints.recognition import ModelKind, check_kind, check_not_quantised, is_ignorable
+from library.checkpoints.recognition import ModelKind, check_not_quantised, is_ignorable, recognise, require_kind
 from library.checkpoints.tensors import (
     atomic_write,
     LazyTensors,
     RenamedTensors,
+    Shapes,
     cast,
     fill_module,
     is_safetensors,
@@ -95,12 +96,8 @@ def load_diffusers_folder(
 
 def _load_file(path: Path, spec: LoadSpec) -> SdModules:
     tensors = open_tensors(path)
-    hint = "Remove --v2." if spec.v2 else "Add --v2 if it is a Stable Diffusion 2.x model."
-    expected = ModelKind.SD2 if spec.v2 else ModelKind.SD1
-    check_kind(
-        tensors.shapes, expected, source=str(path), option="--pretrained_model_name_or_path",
-        hint=hint if layout_sd.UNET_PREFIX + "input_blocks.0.0.weight" in tensors.shapes else "",
-    )  # fmt: skip
+    check_not_quantised(tensors.shapes, source=str(path))
+    _require_version(recognise(tensors.shapes), spec)
     tensors = layout_sd.normalize(tensors)
     layout_sd.check_foreign_keys(tensors, v2=spec.v2)
     text = layout_sd.text_tensors(tensors, v2=spec.v2)
@@ -120,6 +117,20 @@ def _load_file(path: Path, spec: LoadSpec) -> SdModules:
         source=path,
         is_single_file=True,
     )  # fmt: skip
+
+
+def _require_version(found: ModelKind, spec: LoadSpec) -> None:
+    expected = ModelKind.SD2 if spec.v2 else ModelKind.SD1
+    hint = {ModelKind.SD1: "Remove --v2.", ModelKind.SD2: "Add --v2."}.get(found, "")
+    require_kind(found, expected, source=spec.path, option="--pretrained_model_name_or_path", hint=hint)
+
+
+def _kind_of_folder(unet_shapes: Shapes, text_config: Mapping[str, Any]) -> ModelKind:
+    """By the U-Net; between SD 1 and 2 the text encoder's activation decides (old SD 2 folders look like SD 1)."""
+    kind = recognise(unet_shapes)
+    if kind not in (ModelKind.SD1, ModelKind.SD2):
+        return kind
+    return {"quick_gelu": ModelKind.SD1, "gelu": ModelKind.SD2}.get(text_config.get("hidden_act", ""), kind)
 
 
 def build_unet(
@@ -250,12 +261,7 @@ def _load_folder(folder: Path, spec: LoadSpec) -> SdModules:
     diffusers_unet = open_tensors(part_file(folder / "unet", "unet", variant))
     names = layout_unet.names_to_original(diffusers_unet)
     unet_tensors = RenamedTensors(diffusers_unet, {new: (old, None) for old, new in names.items()})
-    check_kind(
-        {layout_sd.UNET_PREFIX + key: shape for key, shape in unet_tensors.shapes.items()},
-        ModelKind.SD2 if spec.v2 else ModelKind.SD1,
-        source=str(folder), option="--pretrained_model_name_or_path",
-        hint="Remove --v2." if spec.v2 else "Add --v2 if it is a Stable Diffusion 2.x model.",
-    )  # fmt: skip
+    _require_version(_kind_of_folder(unet_tensors.shapes, text_config), spec)
     return SdModules(
         text_encoder=build_clip(
             text, activation="gelu" if spec.v2 else "quick_gelu", component="text encoder", dtype=spec.dtype,

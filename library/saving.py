@@ -85,7 +85,8 @@ def remove_saved(path: Path) -> None:
 class Saver:
     """Saves models and states in the order model, state, rotation: nothing old goes before the new is complete.
 
-    `write_model(path, epoch, steps)` runs on the main process; `write_state(path)` on every process.
+    Every process calls the three methods. `write_model(path, epoch, steps)` then runs on the main process,
+    `write_state(path)` on every one; `wait` is a barrier for all of them.
     """
 
     options: Options
@@ -94,6 +95,7 @@ class Saver:
     is_main_process: bool
     write_model: Callable[[Path, int, int], None]
     write_state: Callable[[Path], None]
+    wait: Callable[[], None] = lambda: None
 
     def after_step(self, step: int, completed_epochs: int) -> None:
         """Save if `--save_every_n_steps` says so."""
@@ -129,6 +131,7 @@ class Saver:
         self._model(self.names.last(), epochs, step)
 
     def _model(self, path: Path, epoch: int, step: int) -> None:
+        self.wait()
         if self.is_main_process:
             self.names.output_dir.mkdir(parents=True, exist_ok=True)
             print(f"\nsaving checkpoint: {path}", flush=True)

@@ -17,7 +17,7 @@ from library.data.dataset import DatasetGroup, build_group
 from library.data.discovery import Surroundings, discover_all
 from library.data.loader import BatchLoader
 from library.families.base import ModelFamily
-from library.generation.training_samples import TrainingSampler
+from library.generation.training_samples import TrainingSampler, sampling_problems
 from library.lr_schedulers import create_lr_scheduler
 from library.metadata import RunFacts, TrainingMetadata
 from library.methods.base import ParameterGroup, Placement, TrainingMethod
@@ -52,7 +52,7 @@ def train(
     started_at = time.time()
     family = family_class(options)
     method = method_class(options, family)
-    raise_problems(family.check_options() + method.check_options())
+    raise_problems(family.check_options() + method.check_options() + sampling_problems(options))
     resumed = resumed_progress(options)
     accelerator = make_accelerator(options, started_at)
     seed = resolve_seed(options, resumed, accelerator)
@@ -199,27 +199,16 @@ def run_epochs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], star
             if synced:
                 step = run.position.step
                 sample(run, out, epoch=None, step=step, is_due=is_sample_step(options, step))
-                save_after_step(run, out, completed_epochs=epoch - 1)
+                out.saver.after_step(step, completed_epochs=epoch - 1)
                 if step >= plan.max_steps:
                     break
         out.log.scalars({"loss/epoch_average": run.losses.average}, step=epoch)
-        accelerator.wait_for_everyone()
-        with run.inference():
-            out.saver.after_epoch(epoch, plan.epochs, run.position.step)
+        out.saver.after_epoch(epoch, plan.epochs, run.position.step)
         sample(run, out, epoch=epoch, step=run.position.step, is_due=is_sample_epoch(options, epoch))
 
     out.log.close()
-    with run.inference():
-        out.saver.at_end(plan.epochs, run.position.step)
+    out.saver.at_end(plan.epochs, run.position.step)
     accelerator.print("model saved.")
-
-
-def save_after_step(run: Run, out: Outputs, *, completed_epochs: int) -> None:
-    """`--save_every_n_steps`."""
-    if run.options.saving.save_every_n_steps and run.position.step % run.options.saving.save_every_n_steps == 0:
-        run.accelerator.wait_for_everyone()
-        with run.inference():
-            out.saver.after_step(run.position.step, completed_epochs)
 
 
 def is_sample_step(options: Options, step: int) -> bool:
@@ -249,10 +238,12 @@ def make_outputs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], st
     metadata = TrainingMetadata(options, group, method, run_facts(run, started_at))
 
     def write_model(path: Path, epoch: int, steps: int) -> None:
-        method.save(path, dtype=precision.save, metadata=metadata.at(epoch=epoch, steps=steps))
+        with run.inference():
+            method.save(path, dtype=precision.save, metadata=metadata.at(epoch=epoch, steps=steps))
 
     saver = Saver(
-        options, names, run.plan.save_every_n_epochs(options), accelerator.is_main_process, write_model, run.save_state
+        options, names, run.plan.save_every_n_epochs(options), accelerator.is_main_process, write_model, run.save_state,
+        accelerator.wait_for_everyone,
     )
     sampler = TrainingSampler(options, accelerator=accelerator)
     skipped = options.training.skip_until_initial_step

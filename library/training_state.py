@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.tensors import load_tensors, save_tensors
-from library.optimizers import load_optimizer_state, optimizer_state_tensors
+from library.optimizer_state import (
+    load_optimizer_state,
+    load_scheduler_state,
+    optimizer_state_tensors,
+    scheduler_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +86,7 @@ def save_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, r
         tensors, settings = optimizer_state_tensors(parts.optimizer)
         save_tensors(scratch / OPTIMIZER_FILE, tensors, metadata={"format": "pt"})
         _write_json(scratch / OPTIMIZER_SETTINGS_FILE, settings)
-        schedule = {"scheduler": parts.lr_scheduler.state_dict(), "scaler": parts.scaler and parts.scaler.state_dict()}
+        schedule = {"scheduler": scheduler_state(parts.lr_scheduler), "scaler": parts.scaler and parts.scaler.state_dict()}
         _write_json(scratch / SCHEDULER_FILE, schedule)
         _write_json(scratch / POSITION_FILE, _position_json(progress))
     wait()
@@ -123,7 +128,7 @@ def load_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, r
     settings = _read_json(folder / OPTIMIZER_SETTINGS_FILE)
     load_optimizer_state(parts.optimizer, load_tensors(folder / OPTIMIZER_FILE), settings)
     schedule = _read_json(folder / SCHEDULER_FILE)
-    parts.lr_scheduler.load_state_dict(schedule["scheduler"])
+    load_scheduler_state(parts.lr_scheduler, schedule["scheduler"])
     if parts.scaler is not None and schedule["scaler"]:
         parts.scaler.load_state_dict(schedule["scaler"])
     _load_random_states(folder, rank)

@@ -89,7 +89,7 @@ class Adapter(nn.Module, ABC):
     # --- merging -------------------------------------------------------------------------------------------
     @torch.no_grad()
     def merge_to_host(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
-        """Add the change to the layer's weight in place; computed at least in float32 on `device`, rounded to `dtype`."""
+        """Add the change to the layer's weight in place; computed on `device` in float32 or better."""
         weight = self.host.weight
         merged = self.merged_weight(full_precision(weight.to(device=device or weight.device)))
         weight.copy_(merged.to(dtype or weight.dtype))

@@ -22,6 +22,7 @@ from networks.blocks import (
     remove_block_dims_and_alphas,
 )
 from networks.network import NetworkSettings
+from networks.regions import Generation, Region, RegionalLayer, mask_pyramid
 from networks.sdxl_names import convert_diffusers_to_sai_if_needed
 from networks.targets import is_conv
 from networks.unet_network import DEFAULT_RANK, UnetNetwork, read_weights
@@ -69,7 +70,7 @@ class LoRAModule(Adapter):
     def change(self, x: Tensor, output: Tensor) -> Tensor:
         """`output` plus the low-rank path; dropouts only in training mode."""
         if not self.training:
-            return output + self.lora_up(self.lora_down(x) * (self.multiplier * self.scale))
+            return output + self.low_rank_path(x)
         drop = self.dropouts
         if drop.module is not None and torch.rand(1) < drop.module:
             return output
@@ -81,6 +82,10 @@ class LoRAModule(Adapter):
             hidden = hidden * self._rank_mask(hidden)
             scale = scale / (1.0 - drop.rank) if drop.rank < 1.0 else 0.0
         return output + self.lora_up(hidden * scale)
+
+    def low_rank_path(self, x: Tensor) -> Tensor:
+        """m * (alpha / r) * up(down(x))."""
+        return self.lora_up(self.lora_down(x) * (self.multiplier * self.scale))
 
     def _rank_mask(self, hidden: Tensor) -> Tensor:
         """Kept ranks per sample, shaped to broadcast over tokens [B,T,r] or space [B,r,h,w]."""
@@ -127,11 +132,21 @@ class LoRAModule(Adapter):
 
 
 class LoRAInfModule(LoRAModule):
-    """A LoRA module that generates: it never drops anything, whatever mode it is in."""
+    """A LoRA module that generates: it never drops anything, and it can be confined to a region of the picture."""
+
+    region: Region | None = None
+    generation: Generation | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output with this module's change; with a region, only where and for whom it counts."""
+        if not self.enabled or self.region is None or self.generation is None:
+            return super().forward(x)
+        layer = RegionalLayer(self.lora_name, self.org_forward, self.low_rank_path)
+        return layer(x, self.region, self.generation)
 
     def change(self, x: Tensor, output: Tensor) -> Tensor:
         """`output` plus the low-rank path."""
-        return output + self.lora_up(self.lora_down(x) * (self.multiplier * self.scale))
+        return output + self.low_rank_path(x)
 
 
 def _make_factors(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
@@ -154,6 +169,33 @@ class LoRANetwork(UnetNetwork):
 
     module_class = LoRAModule
     inference_module_class = LoRAInfModule
+
+    _region: Region | None = None
+
+    def set_region(self, sub_prompt_index: int, is_last_network: bool, mask: Tensor | None) -> None:
+        """Confine a network made for generation to `mask` [H,W] in [0,1] and to one sub-prompt; None undoes it."""
+        if not all(isinstance(adapter, LoRAInfModule) for adapter in self.adapters):
+            raise ValueError("Regions need a network that was created for generation (for_inference=True).")
+        self._region = None if mask is None else Region(sub_prompt_index, is_last_network, mask)
+        for adapter in self.adapters:
+            adapter.region = self._region
+
+    def set_current_generation(
+        self,
+        batch_size: int,
+        num_sub_prompts: int,
+        width: int,
+        height: int,
+        shared: dict[str, Any],
+        ds_ratio: float | None = None,
+    ) -> None:
+        """Announce a batch of pictures of `width` x `height` pixels; `shared` is the same object for all networks."""
+        if self._region is None:
+            raise ValueError("set_region() must come before set_current_generation().")
+        masks = mask_pyramid(self._region.mask, width, height, ds_ratio)
+        generation = Generation(batch_size, num_sub_prompts, masks, shared)
+        for adapter in self.adapters:
+            adapter.generation = generation
 
 
 def create_network(

@@ -16,7 +16,7 @@ from library.hashes import sshs_hashes
 logger = logging.getLogger(__name__)
 
 #: parts of keys that belong to algorithms which LoRA modules cannot express
-FOREIGN_PARTS = ("lora_mid", "dora_scale", "hada_", "lokr_", "oft_", "glora", "diff", "lora_A", "lora_B")
+FOREIGN_PARTS = ("lora_mid", "dora_scale", "hada_", "lokr_", "oft_", "glora", "lora_A", "lora_B")
 
 
 def save_network_file(

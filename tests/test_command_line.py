@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +37,21 @@ def remember(options: Options, family: Any, method: Any, kinds: SupportedKinds) 
 
 def refuse(options: Options, family: Any, method: Any, kinds: SupportedKinds) -> None:
     raise ValueError(f"--seed {options.training.seed} is not liked")
+
+
+def refuse_twice(options: Options, family: Any, method: Any, kinds: SupportedKinds) -> None:
+    raise ValueError("this is wrong\nthat is wrong")
+
+
+def refuse_in_a_worker(options: Options, family: Any, method: Any, kinds: SupportedKinds) -> None:
+    raise UserError(
+        'Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "x.py"\n'
+        "library.options.errors.UserError: a.png is broken\nb.png is broken\n"
+    )
+
+
+def fail_elsewhere(options: Options, family: Any, method: Any, kinds: SupportedKinds) -> None:
+    json.loads("{")
 
 
 def need_package(options: Options, family: Any, method: Any, kinds: SupportedKinds) -> None:
@@ -144,6 +161,20 @@ def test_missing_data_is_reported_once(capsys: pytest.CaptureFixture[str], argum
 def test_mistake_found_while_running_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     script = replace(SCRIPT, run=f"{HERE}:refuse")
     assert failure(capsys, [*arguments, "--seed", "4"], script) == ["--seed 4 is not liked"]
+
+
+def test_several_mistakes_found_while_running_are_one_line_each(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    script = replace(SCRIPT, run=f"{HERE}:refuse_twice")
+    assert failure(capsys, arguments, script) == ["this is wrong", "that is wrong"]
+    script = replace(SCRIPT, run=f"{HERE}:refuse_in_a_worker")
+    assert failure(capsys, arguments, script) == ["a.png is broken", "b.png is broken"]
+
+
+def test_mistake_from_another_package_says_where(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    [line] = failure(capsys, arguments, replace(SCRIPT, run=f"{HERE}:fail_elsewhere"))
+    assert re.search(r"JSONDecodeError in .*decoder.py:\d+; --console_log_level DEBUG", line)
 
 
 def test_missing_package_says_how_to_install(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:

@@ -381,9 +381,11 @@ def test_a_real_model_draws_what_diffusers_pipeline_draws(sampler: str) -> None:
         device="cpu", dtype=torch.float32,
     )[0]  # fmt: skip
 
-    schedule: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule: dict[str, Any] = {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+    }  # fmt: skip
     scheduler = {
-        "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, **schedule),
+        "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, **schedule),
         "euler_a": lambda: diffusers.EulerAncestralDiscreteScheduler(**schedule),
     }[sampler]()
     pipeline = diffusers.StableDiffusionPipeline(

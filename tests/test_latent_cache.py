@@ -190,10 +190,12 @@ def test_surplus_flip_and_mask_are_accepted_and_the_mask_is_not_used(pictures: l
     assert all(batch.alpha_masks is None for batch in batches(plain))
 
 
-def test_rewriting_drops_the_old_arrays_of_the_same_size(pictures: list[Path]) -> None:
+@pytest.mark.parametrize("change", ["image", "filter"])
+def test_rewriting_drops_the_old_arrays_of_the_same_size(pictures: list[Path], change: str) -> None:
     cache(group(pictures[:1], SubsetConfig(flip_aug=True, alpha_mask=True)))
-    Image.new("RGB", (128, 128), "red").save(pictures[0])
-    cache(group(pictures[:1]))
+    if change == "image":
+        Image.new("RGB", (128, 128), "red").save(pictures[0])
+    cache(group(pictures[:1], SubsetConfig(resize_interpolation="box" if change == "filter" else None)))
     stored = arrays_in(cache_path(pictures[0], (128, 128), "_sd.npz"))
     assert set(stored) == {"latents", "original_size", "crop_ltrb", "identity"}
 

@@ -21,7 +21,8 @@ from library.sampling_spec import SamplingDefaults
 
 CASES = json.loads((Path(__file__).parent / "data" / "prompt_syntax.json").read_text(encoding="utf-8"))
 IGNORED_PARTLY = {
-    "unknown_ignored", "double_space_value", "dash_in_text", "value_trailing", "negative_number", "empty_negative", "s4",
+    "unknown_ignored", "double_space_value", "dash_in_text", "value_trailing", "negative_number", "empty_negative",
+    "s4",
 }  # fmt: skip
 
 

@@ -116,7 +116,11 @@ def _recognise_part(keys: Shapes) -> ModelKind:
 def check_kind(shapes: Shapes, expected: ModelKind, *, source: str, option: str, hint: str = "") -> None:
     """Raises ValueError "this looks like X, but the command expects Y" unless the file is what is expected."""
     check_not_quantised(shapes, source=source)
-    found = recognise(shapes)
+    require_kind(recognise(shapes), expected, source=source, option=option, hint=hint)
+
+
+def require_kind(found: ModelKind, expected: ModelKind, *, source: str, option: str, hint: str = "") -> None:
+    """Raises ValueError "this looks like X, but the command expects Y" unless both are the same."""
     if found is not expected:
         raise ValueError(
             f"{option} {source} looks like {found.value}, but the command expects {expected.value}."

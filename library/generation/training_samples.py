@@ -81,13 +81,6 @@ class TrainingSampler:
         self._predict_for = predict_for
         self._warned: set[str] = set()
 
-    def prompts(self) -> list[ImageRequest]:
-        """The requests that the file holds now (so that a family can encode their texts before training)."""
-        if not wants_samples(self._options):
-            return []
-        entries = read_prompt_file(Path(self._options.sampling.sample_prompts or ""))
-        return [entry.request(SamplingDefaults(), self._options.sampling.sample_sampler)[0] for entry in entries]
-
     def draw(self, family: ModelFamily, *, epoch: int | None, step: int) -> list[Path]:
         """Draw this process's share; returns the files written.
 

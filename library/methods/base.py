@@ -188,7 +188,8 @@ def diffusion_loss(
         level = objective.sample_timesteps(len(x0), x0.shape[-2:], x0.device)
     else:
         level = objective.at(timesteps, x0.shape[-2:])
-    x_t = objective.corrupt(x0, perturb(noise, recipe.noise), level)
+    perturbed = perturb(noise, recipe.noise, draws_strength_last=objective.draws_strength_last)
+    x_t = objective.corrupt(x0, perturbed, level)
 
     prediction = objective.prediction(method.predict(x_t, level.timesteps, conditioning, batch).float(), x_t, level)
     target = objective.target(x0, noise, level).float()

@@ -59,14 +59,20 @@ class ClipTextEncoder(nn.Module):
         self.config.vocab_size = count
         return new
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
+    def gradient_checkpointing_enable(self, **_options: Any) -> None:
         """Recompute every layer in the backward pass (only in train mode)."""
-        options.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-        self.text_model.gradient_checkpointing_enable(**options)
+        choice = {"use_reentrant": False}
+        if hasattr(self.text_model, "activation_checkpointing_enable"):
+            self.text_model.activation_checkpointing_enable(choice)
+        else:
+            self.text_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=choice)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self.text_model.gradient_checkpointing_disable()
+        if hasattr(self.text_model, "activation_checkpointing_disable"):
+            self.text_model.activation_checkpointing_disable()
+        else:
+            self.text_model.gradient_checkpointing_disable()
 
 
 def build_clip(

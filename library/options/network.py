@@ -14,7 +14,7 @@ class NetworkOptions:
     network_dim: int | None = option("rank of the network (default: the module's, 4 for LoRA)", type="int")
     network_alpha: float = option("alpha: the network's output is scaled by alpha / rank", 1, type="float")
     network_dropout: float | None = option("chance that a value inside the network is dropped", type="float")
-    network_args: tuple[str, ...] | None = option("further arguments of the network module: key=value (several)", nargs="*")
+    network_args: tuple[str, ...] | None = option("further key=value arguments of the network module", nargs="*")
     network_train_unet_only: bool = flag("train only the denoiser's part of the network")
     network_train_text_encoder_only: bool = flag("train only the text encoders' part of the network")
     dim_from_weights: bool = flag("take ranks from --network_weights")

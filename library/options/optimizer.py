@@ -16,9 +16,9 @@ class OptimizerOptions:
     use_lion_optimizer: bool = flag("old form of --optimizer_type Lion")
     learning_rate: float = option("learning rate", 2.0e-6, type="float")
     max_grad_norm: float = option("clip gradients to this norm; 0 = no clipping", 1.0, type="float")
-    optimizer_args: tuple[str, ...] | None = option("further arguments of the optimizer: key=value (several)", nargs="*")
+    optimizer_args: tuple[str, ...] | None = option("further key=value arguments of the optimizer", nargs="*")
     lr_scheduler_type: str = option("schedule class of your own: name in torch.optim.lr_scheduler or dotted path", "")
-    lr_scheduler_args: tuple[str, ...] | None = option("further arguments of the schedule: key=value (several)", nargs="*")
+    lr_scheduler_args: tuple[str, ...] | None = option("further key=value arguments of the schedule", nargs="*")
     lr_scheduler: str = option("learning-rate schedule, e.g. constant, cosine, linear", "constant")
     lr_warmup_steps: int | float = option(
         "steps until the full learning rate is reached; below 1 or with %: a fraction of all steps",
