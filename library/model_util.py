@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import layout_clip, layout_sd, layout_unet, layout_vae
+from library.checkpoints.folders import hub_folder, part_file, read_config, weight_stem
 from library.checkpoints.recognition import ModelKind, check_not_quantised, is_ignorable, recognise, require_kind
 from library.checkpoints.tensors import (
-    atomic_write,
     LazyTensors,
+    Operation,
     RenamedTensors,
     Shapes,
+    atomic_write,
     cast,
     fill_module,
     is_safetensors,
@@ -36,7 +38,6 @@ from library.text.clip import ClipTokenizer
 logger = logging.getLogger(__name__)
 
 SCALING_FACTOR = 0.18215
-_PART_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
 @dataclass
@@ -215,8 +216,8 @@ _VAE_SETTINGS = ("scaling_factor", "shift_factor", "force_upcast", "sample_size"
 
 def load_vae(
     path: str | Path,
-    *,
     dtype: torch.dtype | None = None,
+    *,
     device: torch.device | str = "cpu",
     latent_channels: int = 4,
     config: Mapping[str, Any] | None = None,
@@ -230,7 +231,7 @@ def load_vae(
         location = hub_folder(str(path), option="--vae")
     folder = location / "vae" if (location / "vae").is_dir() else location
     tensors = layout_vae.to_diffusers(open_tensors(part_file(folder, "vae")))
-    settings = {**_read_config(folder), **(config or {})}
+    settings = {**read_config(folder), **(config or {})}
     return build_vae(tensors, dtype=dtype, device=device, latent_channels=latent_channels, config=settings)
 
 
@@ -256,7 +257,7 @@ def _load_folder(folder: Path, spec: LoadSpec) -> SdModules:
             )
     variant = "fp16" if spec.dtype == torch.float16 else None
     text = layout_clip.normalize_hf(open_tensors(part_file(folder / "text_encoder", "text_encoder", variant)))
-    text_config = _read_config(folder / "text_encoder")
+    text_config = read_config(folder / "text_encoder")
     overrides = {k: text_config[k] for k in ("hidden_act", "num_attention_heads") if k in text_config}
     diffusers_unet = open_tensors(part_file(folder / "unet", "unet", variant))
     names = layout_unet.names_to_original(diffusers_unet)
@@ -269,51 +270,11 @@ def _load_folder(folder: Path, spec: LoadSpec) -> SdModules:
         ),
         vae=load_vae(spec.vae or folder, dtype=spec.vae_dtype, device=spec.device),
         unet=build_unet(
-            unet_tensors, dtype=spec.dtype, device=spec.device, v2=spec.v2, config=_read_config(folder / "unet")
+            unet_tensors, dtype=spec.dtype, device=spec.device, v2=spec.v2, config=read_config(folder / "unet")
         ),
         source=folder,
         is_single_file=False,
     )  # fmt: skip
-
-
-def part_file(folder: Path, part: str, variant: str | None = None) -> Path:
-    """The weights of one component folder: safetensors before pickles, the variant first, whole before sharded.
-
-    Raises FileNotFoundError that lists what was looked for.
-    """
-    stem = _PART_FILES.get(part, "diffusion_pytorch_model")
-    looked_for = []
-    for infix in [f".{variant}"] * bool(variant) + [""]:
-        for name in (f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"):
-            looked_for.append(name)
-        pickled = "pytorch_model" if stem == "model" else stem
-        looked_for.append(f"{pickled}{infix}.bin")
-    for name in looked_for:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder} holds no weights; looked for {', '.join(looked_for)}.")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def hub_folder(name: str, *, option: str) -> Path:
-    """A hub model's local folder, downloaded unless it is in the cache. Raises FileNotFoundError with the reason."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"]
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise FileNotFoundError(f"{option} {name}: no such file or folder.")
-    try:
-        return Path(snapshot_download(name, allow_patterns=[f"*/{p}" for p in patterns] + ["model_index.json", *patterns]))
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise FileNotFoundError(
-            f"{option} {name}: no such file or folder, and it could not be fetched from huggingface.co "
-            f"({type(error).__name__}: {reason[0] if reason else 'no message'})."
-        ) from error
 
 
 # --- saving ----------------------------------------------------------------------------------------------------
@@ -331,24 +292,28 @@ def save_checkpoint(
     Component tensors are cast to `dtype` if given; keys that only the source checkpoint has keep their bits (EMA
     copies are dropped). `counters` = (epochs, steps) of this run, added to those of a pickled source.
     """
-    tensors = layout_sd.to_single_file(
-        modules.unet.state_dict(), modules.text_encoder.state_dict(),
-        None if modules.vae is None else modules.vae.state_dict(), v2=v2,
-    )  # fmt: skip
-    tensors = {key: cast(value.detach(), dtype=dtype) for key, value in tensors.items()}
+    vae = None if modules.vae is None else modules.vae.state_dict()
+    trained = layout_sd.to_single_file(modules.unet.state_dict(), modules.text_encoder.state_dict(), vae, v2=v2)
+    tensors: dict[str, Tensor] = dict(trained)
     source = open_tensors(modules.source) if modules.is_single_file and modules.source.is_file() else None
     if source is not None:
         tensors.update(layout_sd.preserved_tensors(source, tensors))
     if v2 and f"{layout_sd.SD2_TEXT_PREFIX}text_projection" not in tensors:
-        layout_sd.add_sd2_tail(tensors)
+        trained.update(layout_sd.sd2_tail(trained))
+        tensors.update(trained)
     if not any(key.startswith(layout_sd.VAE_PREFIX) for key in tensors):
         raise ValueError(f"{path}: there is no VAE to write; name one with --vae.")
+    prepared = RenamedTensors(tensors, {k: (k, _to_dtype(dtype) if k in trained else None) for k in tensors})
     if is_safetensors(path):
-        save_tensors(path, tensors, metadata={"format": "pt", **(metadata or {})})
+        save_tensors(path, prepared, metadata={"format": "pt", **(metadata or {})})
         return
     epoch, step = _counters_of(modules)
-    state = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+    state = {key: prepared[key].detach().cpu().contiguous().clone() for key in prepared}
     save_pickle(path, {"state_dict": state, "epoch": epoch + counters[0], "global_step": step + counters[1]})
+
+
+def _to_dtype(dtype: torch.dtype | None) -> Operation:
+    return lambda tensor: cast(tensor, dtype=dtype)
 
 
 def _counters_of(modules: SdModules) -> tuple[int, int]:
@@ -392,13 +357,14 @@ def save_diffusers_folder(
     for part in ("unet", "vae"):
         module = getattr(modules, part)
         _write_json(folder / part / "config.json", _module_config(module))
-        _write_part(folder / part / f"{_PART_FILES[part]}{suffix}", module, dtype)
+        _write_part(folder / part / f"{weight_stem(part)}{suffix}", module, dtype)
     text = modules.text_encoder
     config = {**text.config.to_diff_dict(), "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     config.pop("_name_or_path", None)
     config["dtype"] = str(dtype or text.dtype).removeprefix("torch.")
     _write_json(folder / "text_encoder" / "config.json", config)
-    _write_part(folder / "text_encoder" / ("model.safetensors" if use_safetensors else "pytorch_model.bin"), text, dtype)
+    name = "model.safetensors" if use_safetensors else "pytorch_model.bin"
+    _write_part(folder / "text_encoder" / name, text, dtype)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(v_parameterization=v_parameterization))
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
@@ -440,5 +406,37 @@ def _write_part(path: Path, module: nn.Module, dtype: torch.dtype | None) -> Non
     if is_safetensors(path):
         save_tensors(path, module.state_dict(), metadata={"format": "pt"}, dtype=dtype)
     else:
-        save_pickle(path, {k: cast(v.detach(), dtype=dtype, device="cpu").clone() for k, v in module.state_dict().items()})
+        state = module.state_dict().items()
+        save_pickle(path, {key: cast(value.detach(), dtype=dtype, device="cpu").clone() for key, value in state})
 
+
+
+# --- names that other programs import --------------------------------------------------------------------------
+def load_models_from_stable_diffusion_checkpoint(
+    v2: bool,
+    ckpt_path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    unet_use_linear_projection_in_v2: bool = True,
+) -> tuple[ClipTextEncoder, Any, Any]:
+    """(text encoder, VAE, U-Net) of a single file; SD 2 projections are always linear."""
+    modules = load_checkpoint(ckpt_path, v2=v2, dtype=dtype, device=device)
+    return modules.text_encoder, modules.vae, modules.unet
+
+
+def save_stable_diffusion_checkpoint(
+    v2: bool,
+    output_file: str | Path,
+    text_encoder: nn.Module,
+    unet: nn.Module,
+    ckpt_path: str | Path | None,
+    epochs: int,
+    steps: int,
+    metadata: Mapping[str, str] | None = None,
+    save_dtype: torch.dtype | None = None,
+    vae: nn.Module | None = None,
+) -> None:
+    """Writes a single file; `ckpt_path` is the file whose other keys (and VAE, if none is given) are kept."""
+    source = Path(ckpt_path) if ckpt_path else Path()
+    modules = SdModules(text_encoder, vae, unet, source, is_single_file=source.is_file())
+    save_checkpoint(output_file, modules, v2=v2, dtype=save_dtype, metadata=metadata, counters=(epochs, steps))

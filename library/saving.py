@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,8 +140,3 @@ class Saver:
     def _remove(self, path: Path | None) -> None:
         if path is not None and self.is_main_process:
             remove_saved(path)
-
-
-def string_metadata(metadata: Mapping[str, object]) -> dict[str, str]:
-    """safetensors metadata must be strings; None values are dropped."""
-    return {key: value if isinstance(value, str) else str(value) for key, value in metadata.items() if value is not None}

@@ -183,8 +183,8 @@ def _resumed_position(plan: StepPlan, progress: SavedProgress) -> Position:
         return Position()
     if position.step >= plan.max_steps:
         raise ValueError(
-            f"The resumed state has done {position.step} steps already, and --max_train_steps asks for {plan.max_steps} "
-            "in all. Give a larger number of steps or epochs."
+            f"The resumed state has done {position.step} steps already, and the options ask for {plan.max_steps} in "
+            "all. Give a larger number of steps or epochs."
         )
     if progress.batches_per_epoch != plan.batches_per_epoch:
         logger.warning(
@@ -297,9 +297,8 @@ class Run:
             yield
 
     def _parts(self) -> TrainingParts:
-        return TrainingParts(
-            self.method.trainable, self.optimizer.optimizer, self.lr_scheduler, getattr(self.accelerator, "scaler", None)
-        )
+        scaler = getattr(self.accelerator, "scaler", None)
+        return TrainingParts(self.method.trainable, self.optimizer.optimizer, self.lr_scheduler, scaler)
 
     def save_state(self, folder: Path) -> None:
         """Write everything that an exact continuation needs; call on every process."""

@@ -22,9 +22,9 @@ from library.lr_schedulers import create_lr_scheduler
 from library.metadata import RunFacts, TrainingMetadata
 from library.methods.base import ParameterGroup, Placement, TrainingMethod
 from library.optimizers import create_optimizer
-from library.saving import Saver, SaveNames
+from library.options.errors import UserError
+from library.saving import SaveNames, Saver
 from library.train_util import (
-    Position,
     Precision,
     Run,
     StepPlan,
@@ -77,7 +77,7 @@ def train(
 def raise_problems(problems: list[str]) -> None:
     """One error that lists every problem with the options."""
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError(problems)
 
 
 def load_data(

@@ -86,7 +86,8 @@ def save_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, r
         tensors, settings = optimizer_state_tensors(parts.optimizer)
         save_tensors(scratch / OPTIMIZER_FILE, tensors, metadata={"format": "pt"})
         _write_json(scratch / OPTIMIZER_SETTINGS_FILE, settings)
-        schedule = {"scheduler": scheduler_state(parts.lr_scheduler), "scaler": parts.scaler and parts.scaler.state_dict()}
+        scaler = parts.scaler.state_dict() if parts.scaler is not None else None
+        schedule = {"scheduler": scheduler_state(parts.lr_scheduler), "scaler": scaler}
         _write_json(scratch / SCHEDULER_FILE, schedule)
         _write_json(scratch / POSITION_FILE, _position_json(progress))
     wait()
@@ -106,7 +107,7 @@ def read_progress(folder: Path) -> SavedProgress:
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "format" not in saved:
         if not (folder / MODEL_FILE).is_file():
-            raise ValueError(f"--resume {folder}: holds neither {POSITION_FILE} nor {MODEL_FILE}; it is no saved state.")
+            raise ValueError(f"--resume {folder}: holds no {POSITION_FILE} and no {MODEL_FILE}; it is no saved state.")
         return SavedProgress(Position(step=int(saved.get("current_step", 0))), is_exact=False)
     if saved["format"] != FORMAT:
         raise ValueError(f"--resume {folder}: written by a newer version (format {saved['format']}, known: {FORMAT}).")
@@ -182,7 +183,7 @@ def _save_random_states(folder: Path, rank: int) -> None:
 def _load_random_states(folder: Path, rank: int) -> None:
     path = folder / f"random_states_{rank}.json"
     if not path.is_file():
-        logger.warning("%s has no random state for process %d: noise will differ from an uninterrupted run.", folder, rank)
+        logger.warning("%s has no random state of process %d: noise will differ from a straight run.", folder, rank)
         return
     states = _read_json(path)
     version, words, gauss = states["python"]

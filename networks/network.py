@@ -86,7 +86,10 @@ class AdapterNetwork(nn.Module):
         self.unet_loras: list[Adapter] = list(denoiser_adapters)
         self._untrained: set[str] = set()
         if not self.adapters:
-            raise ValueError("The network has no modules: no layer was chosen. Check --network_dim and --network_args.")
+            raise ValueError(
+                "The network has no modules: --network_dim and --network_args choose no layer of this model, or the "
+                "network file has none of its layers (is it for another model family?)."
+            )
         for adapter in self.adapters:
             self.add_module(adapter.lora_name, adapter)
         logger.info(

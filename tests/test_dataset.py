@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 from collections import Counter
@@ -19,6 +20,7 @@ from torch import Tensor
 from library.config_schema import SubsetConfig
 from library.data.dataset import DatasetGroup
 from library.data.decode_check import check_images
+from library.data.discovery import discover
 from library.data.images import ImageError
 from library.data.loader import BatchLoader, make_loader
 from library.data.preview import show_dataset
@@ -26,6 +28,8 @@ from library.data.records import Batch, BatchRequest, ImageRecord
 from library.options.errors import UserError
 from tests.picture_folder import dataset_config, group_of, records_of, save_pictures
 
+GOLDEN = Path(__file__).parent / "data" / "golden"
+SIZE_VALUES = ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw")
 RANDOM = SubsetConfig(
     flip_aug=True, color_aug=True, random_crop=True, shuffle_caption=True, caption_tag_dropout_rate=0.3,
     caption_dropout_rate=0.1,
@@ -258,6 +262,25 @@ def test_batch_values(pictures: list[Path]) -> None:
     assert batch.captions[train] == "a0, red, green, blue" and batch.tokens["ids"].shape == (2, 8)
     assert batch.flippeds == [False, False]
     assert (group.num_train_images, group.num_reg_images) == (1, 1)
+
+
+def test_batch_values_equal_the_recorded_ones_of_the_reference() -> None:
+    folder = GOLDEN / "dataset"
+    config = dataset_config(SubsetConfig(image_dir=str(folder), caption_extension=".txt"))
+    group = group_of((config, discover(config, 0)))
+    found = {
+        Path(batch.image_keys[row]).stem: (
+            batch.captions[row], batch.loss_weights[row].item(),
+            *(getattr(batch, name)[row].tolist() for name in SIZE_VALUES),
+        )
+        for batch in BatchLoader(group).epoch(1) for row in range(len(batch))
+    }
+    steps = json.loads((GOLDEN / "runs" / "sd1_lora.json").read_text(encoding="utf-8"))["steps"]
+    recorded = {
+        key: (step["captions"][row], step["loss_weights"][row], *(step[name][row] for name in SIZE_VALUES))
+        for step in steps for row, key in enumerate(step["image_keys"])
+    }
+    assert len(recorded) == 6 and found == recorded
 
 
 def test_exact_pixels_of_an_unchanged_image(pictures: list[Path]) -> None:

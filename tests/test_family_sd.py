@@ -45,12 +45,13 @@ def stored() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def sd2_file(stored, tmp_path_factory) -> Path:
     """The tiny model with linear projections and an OpenCLIP text tower of three blocks, as an SD 2 file."""
-    text = {k.removeprefix(layout_sd.SD1_TEXT_PREFIX): v for k, v in stored.items() if k.startswith("cond_stage_model.")}
+    old = layout_sd.SD1_TEXT_PREFIX
+    text = {key.removeprefix(old): value for key, value in stored.items() if key.startswith(old)}
     tensors = {k: v for k, v in stored.items() if not k.startswith("cond_stage_model.")}
     for key in [k for k in tensors if k.endswith((".proj_in.weight", ".proj_out.weight")) and "diffusion_model" in k]:
         tensors[key] = tensors[key][:, :, 0, 0].clone()
     tensors |= {layout_sd.SD2_TEXT_PREFIX + k: v for k, v in layout_clip.hf_to_openclip(text).items()}
-    layout_sd.add_sd2_tail(tensors)
+    tensors.update(layout_sd.sd2_tail(tensors))
     folder = tmp_path_factory.mktemp("sd2")
     shutil.copytree(TOKENIZER, folder / "tokenizer")
     save_file(tensors, folder / "sd2_tiny.safetensors")
@@ -76,7 +77,8 @@ def test_conversion_agrees_with_the_library_s_own_converters(family, stored):
     from diffusers.loaders import single_file_utils as library
 
     unet = library.convert_ldm_unet_checkpoint(dict(stored), config={"layers_per_block": 2})
-    vae = library.convert_ldm_vae_checkpoint(dict(stored), config={"down_block_types": [""] * 4, "up_block_types": [""] * 4})
+    levels = {"down_block_types": [""] * 4, "up_block_types": [""] * 4}
+    vae = library.convert_ldm_vae_checkpoint(dict(stored), config=levels)
     assert equal({k: v.float() for k, v in unet.items()}, family.denoiser.state_dict())
     assert equal({k: v.float() for k, v in vae.items()}, family.vae.state_dict())
 
@@ -114,7 +116,7 @@ def test_loading_draws_nothing_from_the_training_generator():
 
 
 def test_v2_and_a_v1_file_do_not_go_together(sd2_file):
-    with pytest.raises(ValueError, match=r"looks like a Stable Diffusion 1\.x.*expects a Stable Diffusion 2.*Remove --v2"):
+    with pytest.raises(ValueError, match=r"looks like a Stable Diffusion 1\.x.*expects .* 2\.x.*Remove --v2"):
         model_util.load_checkpoint(TINY, v2=True)
     with pytest.raises(ValueError, match=r"looks like a Stable Diffusion 2\.x.*Add --v2"):
         model_util.load_checkpoint(sd2_file, v2=False)
@@ -128,7 +130,7 @@ def test_missing_weights_are_named(stored, tmp_path):
 
 
 def test_a_file_that_is_not_there_says_so_without_a_network():
-    with pytest.raises(FileNotFoundError, match=r"--pretrained_model_name_or_path /no/such/model: no such file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"--pretrained_model_name_or_path /no/such/model: no such file"):
         model_util.load_checkpoint("/no/such/model", v2=False)
     with pytest.raises(FileNotFoundError, match=r"nobody/nothing.*huggingface\.co"):
         model_util.load_checkpoint("nobody/nothing", v2=False)
@@ -165,7 +167,8 @@ def test_a_vae_with_other_latents_is_refused(family, tmp_path):
 
 def test_vae_option_wins_and_changes_the_identity(stored, tmp_path, family):
     prefix = "first_stage_model."
-    other = {k.removeprefix(prefix): v + 1 if k.endswith("conv_in.bias") else v for k, v in stored.items() if prefix in k}
+    other = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    other["encoder.conv_in.bias"] = other["encoder.conv_in.bias"] + 1
     save_file(other, tmp_path / "vae.safetensors")
     changed = make_family(vae=str(tmp_path / "vae.safetensors"))
     assert torch.equal(changed.vae.encoder.conv_in.bias, stored[prefix + "encoder.conv_in.bias"].add(1).float())
@@ -220,13 +223,15 @@ def test_diffusers_folder_opens_in_the_library_and_in_here(family, tmp_path):
     family.save(tmp_path / "model", layout="diffusers_safetensors", dtype=None, metadata={})
     keys = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
     assert all(key.startswith("text_model.") for key in keys)
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     x, t, context = noise_inputs()
     with torch.no_grad():
         assert torch.equal(pipeline.unet(x, t, context).sample, family.denoiser(x, t, context).sample)
         tokens = family.tokenize(["a cat girl"])["input_ids"][0]
-        assert torch.equal(pipeline.tokenizer(["a cat girl"], padding="max_length", return_tensors="pt").input_ids, tokens)
-        assert torch.equal(pipeline.text_encoder(tokens).last_hidden_state, family.text_encoder(tokens).last_hidden_state)
+        theirs = pipeline.tokenizer(["a cat girl"], padding="max_length", return_tensors="pt").input_ids
+        assert torch.equal(theirs, tokens)
+        hidden = family.text_encoder(tokens).last_hidden_state
+        assert torch.equal(pipeline.text_encoder(tokens).last_hidden_state, hidden)
     assert equal(pipeline.vae.state_dict(), family.vae.state_dict())
     assert pipeline.scheduler.config.prediction_type == "epsilon"
 
@@ -329,10 +334,9 @@ def test_predict_takes_residuals_and_half_weights(family):
 def zero_residuals(family: StableDiffusion, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
     """Zero residuals in the shapes of the U-Net's skip connections."""
     shapes: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _m, _i, out: shapes.extend(out[1])) for module in family.denoiser.down_blocks
-    ]
-    conv = family.denoiser.conv_in.register_forward_hook(lambda _m, _i, out: shapes.append(out))
+    unet = family.denoiser
+    handles = [m.register_forward_hook(lambda _m, _i, out: shapes.extend(out[1])) for m in unet.down_blocks]
+    conv = unet.conv_in.register_forward_hook(lambda _m, _i, out: shapes.append(out))
     family.denoiser(x, t, context)
     for handle in (*handles, conv):
         handle.remove()
@@ -409,3 +413,16 @@ def test_impossible_options_are_reported_before_loading():
     problems = StableDiffusion(make_options(clip_skip=0, cache_text_encoder_outputs=True)).check_options()
     assert len(problems) == 2
     assert "--clip_skip 0" in problems[0]
+
+
+# --- names that other programs import --------------------------------------------------------------------------
+def test_another_program_loads_changes_and_saves_with_the_names_it_knows(stored, tmp_path):
+    text_encoder, vae, unet = model_util.load_models_from_stable_diffusion_checkpoint(False, str(TINY))
+    unet.conv_out.bias.data += 1
+    out = str(tmp_path / "merged.safetensors")
+    model_util.save_stable_diffusion_checkpoint(False, out, text_encoder, unet, str(TINY), 0, 0, {}, torch.float16)
+    written = load_file(out)
+    changed = {key for key in stored if not torch.equal(written[key], stored[key])}
+    assert set(written) == set(stored)
+    assert changed == {"model.diffusion_model.out.2.bias"}
+    assert vae.config.latent_channels == 4

@@ -67,7 +67,9 @@ def recorded_batch(run: Run, golden: GoldenRun, index: int) -> Batch:
     )
 
 
-def assert_step_matches(golden: GoldenRun, index: int, loss: float, grad_norm: float | None, rates: list[float]) -> None:
+def assert_step_matches(
+    golden: GoldenRun, index: int, loss: float, grad_norm: float | None, rates: list[float]
+) -> None:
     step = golden.steps[index]
     assert loss == pytest.approx(step["loss"], rel=1e-5), f"loss of step {index}"
     assert grad_norm == pytest.approx(step["grad_norm"], rel=1e-5), f"gradient norm of step {index}"

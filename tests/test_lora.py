@@ -429,6 +429,14 @@ def test_from_weights_takes_modules_ranks_and_alphas_from_the_file(models):
     assert generating.multiplier == 0.5
 
 
+def test_from_weights_of_another_family_is_an_error(models):
+    state = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(4, 8)}
+    with pytest.raises(ValueError, match="another model family"):
+        lora.create_network_from_weights(1.0, None, None, *models, state)
+    with pytest.raises(ValueError, match="lora_down"):
+        lora.create_network_from_weights(1.0, None, None, *models, {"x.alpha": torch.zeros(())})
+
+
 def test_a_recorded_file_fits_the_model_it_was_made_for():
     path = DATA / "golden" / "models" / "sd1_lora_start.safetensors"
     unet = hosts.sd_unet(cross_attention_dim=128, attention_head_dim=8)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from library.options import make_options
-from library.saving import Retention, Saver, SaveNames
+from library.saving import Retention, SaveNames, Saver
 from library.train_util import LossRecorder, StepPlan, starting_position
 from library.training_state import Position, SavedProgress
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_math.json").read_text(encoding="utf-8"))["checkpoint_names"]
+DATA = Path(__file__).parent / "data"
+GOLDEN = json.loads((DATA / "golden_math.json").read_text(encoding="utf-8"))["checkpoint_names"]
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -49,7 +50,8 @@ def make_saver(options, folder: Path, events: list[str]) -> Saver:
 
 def test_rotation_keeps_the_last_epochs_and_never_saves_the_final_epoch_twice(tmp_path, capsys):
     options = make_options(
-        output_dir=str(tmp_path), save_every_n_epochs=1, save_last_n_epochs=2, save_last_n_epochs_state=1, save_state=True
+        output_dir=str(tmp_path), save_every_n_epochs=1, save_last_n_epochs=2, save_last_n_epochs_state=1,
+        save_state=True,
     )
     events: list[str] = []
     saver = make_saver(options, tmp_path, events)
@@ -70,7 +72,8 @@ def test_step_saves_carry_the_number_of_completed_epochs(tmp_path):
     saver = make_saver(options, tmp_path, [])
     for step in range(1, 41):
         saver.after_step(step, step // 20)
-    assert {path.name for path in tmp_path.iterdir()} == {"run-step00000030.safetensors", "run-step00000040.safetensors"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"run-step00000030.safetensors", "run-step00000040.safetensors"}
     assert (tmp_path / "run-step00000030.safetensors").read_text() == "1 30"
 
 

@@ -44,7 +44,10 @@ def test_weighted_captions_parse_as_recorded(case):
     assert prompt_weights.parse_weights(case["text"]) == [tuple(run) for run in case["expected"]]
 
 
-@pytest.mark.parametrize("case", PROMPTS["weights"] + PROMPTS["weights_wanted_differences"], ids=lambda case: case["id"])
+WEIGHTS = PROMPTS["weights"] + PROMPTS["weights_wanted_differences"]
+
+
+@pytest.mark.parametrize("case", WEIGHTS, ids=lambda case: case["id"])
 def test_weighted_prompts_parse_as_recorded(case):
     if "expected_error" in case:
         with pytest.raises(ValueError, match=r"is not a weight"):
@@ -67,9 +70,8 @@ def test_parsing_never_fails_except_for_a_bad_number(text):
 
 
 def test_break_fills_up_to_the_next_chunk_and_not_twice():
-    ids, weights = prompt_weights.weighted_ids(
-        [("abc", 1.2), ("BREAK", 1.2), ("x" * 75, 1.0), ("BREAK", 1.0), ("d", 1.0)], lambda t: [ord(c) for c in t], pad=0
-    )
+    runs = [("abc", 1.2), ("BREAK", 1.2), ("x" * 75, 1.0), ("BREAK", 1.0), ("d", 1.0)]
+    ids, weights = prompt_weights.weighted_ids(runs, lambda text: [ord(letter) for letter in text], pad=0)
     assert len(ids) == 151
     assert ids[3:75] == [0] * 72 and weights[3:75] == [1.0] * 72
     assert ids[150] == ord("d")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.checkpoints.tensors import Operation, RenamedTensors, Shapes, shapes_of
+from library.checkpoints.tensors import Operation, RenamedTensors, Shapes
 
 _LAYER_PARTS = {
     "ln_1": "layer_norm1",

@@ -109,22 +109,24 @@ def to_single_file(
     return result
 
 
-def add_sd2_tail(tensors: dict[str, Tensor]) -> None:
-    """Adds what readers of SD2 files expect but the model does not have: a last block, projection, logit scale.
+def sd2_tail(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What readers of SD2 files expect but the model does not have: a last block, a projection, a logit scale.
 
-    The last block is a copy of the one before it; the projection is all ones, the scale ln 100.
+    `tensors` is the single file without them. The last block is a copy of the one before it; the projection is all
+    ones, the scale ln 100.
     """
-    part = {key.removeprefix(SD2_TEXT_PREFIX): value for key, value in tensors.items() if key.startswith(SD2_TEXT_PREFIX)}
+    part = {key.removeprefix(SD2_TEXT_PREFIX): tensors[key] for key in tensors if key.startswith(SD2_TEXT_PREFIX)}
     count = layout_clip.openclip_layer_count(shapes_of(part))
-    for key, value in part.items():
-        prefix = f"transformer.resblocks.{count - 1}."
-        if key.startswith(prefix):
-            name = f"transformer.resblocks.{count}.{key.removeprefix(prefix)}"
-            tensors[SD2_TEXT_PREFIX + name] = value.clone()
+    last = f"transformer.resblocks.{count - 1}."
+    tail = {
+        f"transformer.resblocks.{count}.{key.removeprefix(last)}": value.clone()
+        for key, value in part.items()
+        if key.startswith(last)
+    }
     bias = part["ln_final.bias"]
-    hidden = bias.shape[0]
-    tensors[f"{SD2_TEXT_PREFIX}text_projection"] = torch.ones(hidden, hidden, dtype=bias.dtype)
-    tensors[f"{SD2_TEXT_PREFIX}logit_scale"] = torch.tensor(4.6052, dtype=bias.dtype)
+    tail["text_projection"] = torch.ones(bias.shape[0], bias.shape[0], dtype=bias.dtype)
+    tail["logit_scale"] = torch.tensor(4.6052, dtype=bias.dtype)
+    return {SD2_TEXT_PREFIX + key: value for key, value in tail.items()}
 
 
 def preserved_tensors(source: LazyTensors, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,7 +134,7 @@ def preserved_tensors(source: LazyTensors, written: Mapping[str, Tensor]) -> dic
 
     EMA copies and position ids are left out (stale after training); everything else keeps its bits.
     """
-    canonical = {old: new for new, (old, _) in normalize(source)._plan.items()}
+    canonical = normalize(source).origins()
     kept: dict[str, Tensor] = {}
     stale = 0
     for key in source:
@@ -143,5 +145,5 @@ def preserved_tensors(source: LazyTensors, written: Mapping[str, Tensor]) -> dic
             continue
         kept[key] = source[key]
     if stale:
-        logger.info("%s: %d EMA weights are not written again; they do not belong to the trained model", source.source, stale)
+        logger.info("%s: its %d EMA weights are not written again (stale after training)", source.source, stale)
     return kept

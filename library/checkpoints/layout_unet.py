@@ -43,7 +43,7 @@ class Level:
 
 @dataclass(frozen=True)
 class UnetStructure:
-    """Which blocks a U-Net has. `middle` is None (no middle block), or the depth of its attention (0 = no attention)."""
+    """Which blocks a U-Net has. `middle` is None (no middle block) or the depth of its attention (0: none)."""
 
     down: tuple[Level, ...]
     middle: int | None

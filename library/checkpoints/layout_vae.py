@@ -60,9 +60,8 @@ def diffusers_name_to_compvis(key: str, levels: int) -> str:
         r"^(encoder|decoder)\.mid_block\.resnets\.(\d+)\.", lambda m: f"{m[1]}.mid.block_{int(m[2]) + 1}.", key
     )
     for compvis, diffusers in _ATTENTION_NAMES.items():
-        key = re.sub(
-            rf"^(encoder|decoder)\.mid_block\.attentions\.0\.{re.escape(diffusers)}\.", rf"\1.mid.attn_1.{compvis}.", key
-        )
+        old = re.escape(diffusers)
+        key = re.sub(rf"^(encoder|decoder)\.mid_block\.attentions\.0\.{old}\.", rf"\1.mid.attn_1.{compvis}.", key)
     key = key.replace(".conv_shortcut.", ".nin_shortcut.")
     return re.sub(r"^(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out.", key)
 

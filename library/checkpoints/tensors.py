@@ -42,6 +42,7 @@ class LazyTensors(Mapping[str, Tensor]):
     """Named tensors whose shapes are known without reading; `self[key]` reads one into memory of its own."""
 
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
     metadata: dict[str, str]
     source: str
 
@@ -64,13 +65,14 @@ class SafetensorsFile(LazyTensors):
         header, self._data_start = _read_header(self.path)
         self.metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
         self._entries: dict[str, dict[str, Any]] = header
+        for key, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{path}: {key} has dtype {entry['dtype']}, which is not supported.")
         self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+        self.dtypes = {key: _DTYPES[entry["dtype"]] for key, entry in header.items()}
 
     def __getitem__(self, key: str) -> Tensor:
-        entry = self._entries[key]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise ValueError(f"{self.path}: {key} has dtype {entry['dtype']}, which is not supported.")
+        entry, dtype = self._entries[key], self.dtypes[key]
         begin, end = entry["data_offsets"]
         if begin == end:
             return torch.empty(entry["shape"], dtype=dtype)
@@ -94,6 +96,7 @@ class TensorDict(LazyTensors):
         self.source = source
         self.metadata = dict(metadata or {})
         self.shapes = {key: tuple(value.shape) for key, value in self._tensors.items()}
+        self.dtypes = {key: value.dtype for key, value in self._tensors.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         return self._tensors[key]
@@ -107,11 +110,18 @@ class RenamedTensors(LazyTensors):
         self._plan = dict(plan)
         self.source = getattr(tensors, "source", "the given tensors")
         self.metadata = dict(getattr(tensors, "metadata", {}))
-        old = shapes_of(tensors)
-        self.shapes = {
-            new: old[name] if operation is None else tuple(operation(torch.empty(old[name], device="meta")).shape)
-            for new, (name, operation) in self._plan.items()
-        }
+        shapes, dtypes = shapes_of(tensors), dtypes_of(tensors)
+        self.shapes, self.dtypes = {}, {}
+        for new, (old, operation) in self._plan.items():
+            shape, dtype = shapes[old], dtypes[old]
+            if operation is not None:
+                result = operation(torch.empty(shape, dtype=dtype, device="meta"))
+                shape, dtype = tuple(result.shape), result.dtype
+            self.shapes[new], self.dtypes[new] = shape, dtype
+
+    def origins(self) -> dict[str, str]:
+        """Old name -> new name (the last one, where several new tensors come from one old)."""
+        return {old: new for new, (old, _) in self._plan.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         name, operation = self._plan[key]
@@ -125,6 +135,7 @@ class _ShardedTensors(LazyTensors):
         self.source = source
         self.metadata = dict(parts[0].metadata)
         self.shapes = {key: part.shapes[key] for key, part in self._owner.items()}
+        self.dtypes = {key: part.dtypes[key] for key, part in self._owner.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         return self._owner[key][key]
@@ -135,6 +146,13 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     if isinstance(tensors, LazyTensors):
         return tensors.shapes
     return {key: tuple(value.shape) for key, value in tensors.items()}
+
+
+def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Key -> dtype, without reading lazy tensors."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.dtypes
+    return {key: value.dtype for key, value in tensors.items()}
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -306,7 +324,10 @@ def save_tensors(
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = _text_metadata(metadata)
-    dtypes = {key: _dtype_in_file(tensors, key, dtype) for key in tensors}
+    dtypes = {
+        key: dtype if dtype is not None and stored.is_floating_point else stored
+        for key, stored in dtypes_of(tensors).items()
+    }
     order = sorted(tensors, key=lambda key: (-dtypes[key].itemsize, key))
     shapes = shapes_of(tensors)
     offset = 0
@@ -327,11 +348,6 @@ def save_tensors(
             flat = tensors[key].detach().to(device="cpu", dtype=dtypes[key]).contiguous().reshape(-1)
             if flat.numel():
                 file.write(memoryview(flat.view(torch.uint8).numpy()))
-
-
-def _dtype_in_file(tensors: Mapping[str, Tensor], key: str, dtype: torch.dtype | None) -> torch.dtype:
-    tensor = tensors[key]
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _text_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -36,7 +36,7 @@ _ALLOWED: frozenset[tuple[str, str]] = frozenset(
 
 
 class DiscardedObject:
-    """Stands for an object of a class that is not allowed; it accepts everything pickle does to it and keeps nothing."""
+    """Stands for an object of a class that is not allowed: it accepts all that pickle does to it and keeps nothing."""
 
     origin = "?"
 

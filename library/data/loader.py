@@ -13,7 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.data.dataset import DatasetGroup
+from library.data.preview import show_dataset
 from library.data.records import Batch, BatchRequest
+
+__all__ = ["BatchLoader", "make_loader", "show_dataset"]
 
 logger = logging.getLogger(__name__)
 

@@ -129,7 +129,7 @@ class ModelFamily(ABC):
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: SizeConditioning | None = None,
         *, residuals: Any = None,
     ) -> Tensor:
-        """Raw denoiser output [B,C,h,w]. `timesteps` are float32 [B] in [0, 1000); `residuals` come from a ControlNet."""
+        """Raw denoiser output [B,C,h,w]; `timesteps` are float32 [B] in [0, 1000), `residuals` a ControlNet's."""
 
     @abstractmethod
     def blocks(self) -> list[tuple[str, nn.Module]]:

@@ -50,7 +50,7 @@ class StableDiffusion(ModelFamily):
         if clip_skip is not None and clip_skip < 1:
             problems.append(f"--clip_skip {clip_skip}: it counts layers from the end, so it is 1 or more.")
         if self.options.cache.cache_text_encoder_outputs:
-            problems.append("--cache_text_encoder_outputs: Stable Diffusion 1 and 2 cannot train with cached text outputs.")
+            problems.append("--cache_text_encoder_outputs does not work with Stable Diffusion 1 and 2; leave it out.")
         return problems
 
     def load(self, *, weight_dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device | str) -> None:
@@ -138,9 +138,8 @@ class StableDiffusion(ModelFamily):
     ) -> tuple[Conditioning, Conditioning]:
         """(positive, negative) contexts [B,77n,d], n windows for the longest prompt of both lists."""
         ids, weights = clip.tokenize_prompts(self.tokenizer, [*prompts, *negative_prompts], style)
-        context = clip.encode_prompts(
-            self.text_encoder, ids, weights, clip_skip=clip_skip or self.options.model.clip_skip, emphasis=style.emphasis
-        )
+        clip_skip = clip_skip or self.options.model.clip_skip
+        context = clip.encode_prompts(self.text_encoder, ids, weights, clip_skip=clip_skip, emphasis=style.emphasis)
         positive, negative = context.split([len(prompts), len(negative_prompts)])
         return Conditioning({"context": positive}), Conditioning({"context": negative})
 
@@ -210,7 +209,7 @@ class StableDiffusion(ModelFamily):
         return self.text_encoders[0]
 
     def save(self, path: Path, *, layout: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """The whole model as a single file ("safetensors", "ckpt") or a folder ("diffusers", "diffusers_safetensors")."""
+        """A single file (layout "safetensors", "ckpt") or a folder ("diffusers", "diffusers_safetensors")."""
         from library.model_util import save_checkpoint, save_diffusers_folder
 
         if layout in ("safetensors", "ckpt"):

@@ -64,7 +64,8 @@ class LossRecipe:
 class TrainingMethod(ABC):
     """What is trained, with which loss, and how it is saved; never asks which family it has.
 
-    Life: construct (cheap) -> `check_options` -> family.load -> `before_caching` -> caches -> `attach` -> loop -> `save`.
+    Life: construct (cheap) -> `check_options` -> family.load -> `before_caching` -> caches -> `attach` -> loop
+    -> -> `save`.
     """
 
     #: default of `--log_tracker_name`
@@ -122,7 +123,7 @@ class TrainingMethod(ABC):
 
     def base_prediction(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, batch: Batch) -> Tensor:
         """Raw prediction [B,C,h,w] without the trained part (differential output preservation)."""
-        raise ValueError("custom_attributes.diff_output_preservation: this training method has no untrained prediction.")
+        raise ValueError("custom_attributes.diff_output_preservation: this method has no untrained prediction.")
 
     def loss(self, batch: Batch, timesteps: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Per-sample loss [B]. Validation passes explicit `timesteps` [B]; comparisons pass `noise` [B,C,h,w] too."""

@@ -83,7 +83,8 @@ class NetworkTraining(TrainingMethod):
             weighted_captions=options.dataset.weighted_captions, vae_batch_size=options.cache.vae_batch_size,
         )
         return [
-            ParameterGroup(name, list(group["params"]), group.get("lr")) for name, group in zip(names, groups, strict=True)
+            ParameterGroup(name, list(group["params"]), group.get("lr"))
+            for name, group in zip(names, groups, strict=True)
         ]
 
     def _models(self) -> contract.HostModels:

@@ -62,8 +62,8 @@ def set_attention(unet: Any, vae: Any, kind: str | None) -> None:
             problem = xformers_problem(model.device)
             if problem:
                 raise ValueError(
-                    f"--xformers: xformers cannot be used here ({problem}). Leave the option out: --sdpa is the default "
-                    "and as fast, or install an xformers build that matches the installed torch."
+                    f"--xformers: xformers cannot be used here ({problem}). Leave the option out: --sdpa is the "
+                    "default and as fast, or install an xformers build that matches the installed torch."
                 )
             model.enable_xformers_memory_efficient_attention()
         return

@@ -146,7 +146,8 @@ def _folder_of_model(source: TokenizerSource, model_path: str | Path | None) -> 
 
 def _has_vocabulary(folder: Path) -> bool:
     """Without these files transformers would silently make a tokenizer that knows nothing."""
-    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    complete_sets = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    return any(all((folder / name).is_file() for name in names) for names in complete_sets)
 
 
 def _from_folder(folder: Path, source: TokenizerSource, *, name: str) -> ClipTokenizer:
