@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 REDACTED = frozenset(
     "wandb_api_key huggingface_token pretrained_model_name_or_path vae tokenizer_cache_dir train_data_dir "
     "conditioning_data_dir reg_data_dir output_dir logging_dir dataset_config in_json resume network_weights "
-    "base_weights clip_l clip_g t5xxl ae controlnet_model_name_or_path sample_prompts config_file huggingface_repo_id".split()
+    "base_weights clip_l clip_g t5xxl ae controlnet_model_name_or_path sample_prompts config_file "
+    "huggingface_repo_id".split()
 )
 
 

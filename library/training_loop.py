@@ -14,6 +14,7 @@ from library import devices, progress
 from library.config_util import SupportedKinds, describe, load_data_config
 from library.data.cache import CacheOptions, cache_latents
 from library.data.dataset import DatasetGroup, build_group
+from library.data.decode_check import check_images
 from library.data.discovery import Surroundings, discover_all
 from library.data.loader import BatchLoader
 from library.families.base import ModelFamily
@@ -96,6 +97,8 @@ def load_data(
         prior_loss_weight=options.loss.prior_loss_weight,
     )
     logger.info("%s", describe(config, records))
+    if is_main_process and not options.cache.cache_latents:
+        check_images(group)  # caching decodes every image anyway
     return group
 
 

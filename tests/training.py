@@ -40,7 +40,8 @@ def train(*arguments: str | Path, output_dir: Path, name: str = "run") -> Path:
     words = [str(word) for word in arguments]
     defaults = {
         "--pretrained_model_name_or_path": MODEL, "--tokenizer_cache_dir": TOKENIZERS,
-        "--network_module": "networks.lora", "--network_dim": "2", "--max_data_loader_n_workers": "0", "--seed": "42", "--learning_rate": "1e-3",
+        "--network_module": "networks.lora",
+        "--network_dim": "2", "--max_data_loader_n_workers": "0", "--seed": "42", "--learning_rate": "1e-3",
     }
     for option, value in defaults.items():
         if option not in words:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +96,23 @@ class Batch:
                 return {name: move(item) for name, item in value.items()}
             return value
 
-        moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "network_multipliers"}
-        return replace(self, **moved)
+        return self._with_tensors(move)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, for copies to a GPU beside the computation."""
+
+        def pin(value: Any) -> Any:
+            if hasattr(value, "pin_memory"):
+                return value.pin_memory()
+            if isinstance(value, dict):
+                return {name: pin(item) for name, item in value.items()}
+            return value
+
+        return self._with_tensors(pin)
+
+    def _with_tensors(self, change: Callable[[Any], Any]) -> Batch:
+        names = (f.name for f in fields(self) if f.name != "network_multipliers")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     def select(self, rows: Tensor) -> Batch:
         """The samples at `rows` (int64 [n]) of every field."""
