@@ -61,9 +61,9 @@ class Scene:
     tilt: float
 
     def caption(self, token: str = "") -> str:
-        """The plain caption, e.g. "a red circle on a white background"; `token` precedes the colour if given."""
-        words = ["a", token, self.colour, self.shape] if token else ["a", self.colour, self.shape]
-        return " ".join(words) + f" on a {self.background} background"
+        """The plain caption, e.g. "a red circle on a white background"; `token`, if given, precedes the shape."""
+        words = filter(None, ("a", self.colour, token, self.shape, "on a", self.background, "background"))
+        return " ".join(words)
 
 
 def combinations(shapes: tuple[str, ...] = KNOWN_SHAPES) -> list[tuple[str, str, str]]:

@@ -104,7 +104,7 @@ class StableDiffusion(ModelFamily):
         """The model's tokenizer; found without reading the model."""
         model = self.options.model
         return clip.load_tokenizer(
-            clip.SD2 if self.v2 else clip.CLIP_L,
+            clip.CLIP_H if self.v2 else clip.CLIP_L,
             model_path=model.pretrained_model_name_or_path,
             cache_dir=model.tokenizer_cache_dir,
         )

@@ -30,7 +30,7 @@ class TokenizerSource:
 
 
 CLIP_L = TokenizerSource("openai/clip-vit-large-patch14")
-SD2 = TokenizerSource("stabilityai/stable-diffusion-2", hub_folder="tokenizer", pad=0)
+CLIP_H = TokenizerSource("stabilityai/stable-diffusion-2", hub_folder="tokenizer", pad=0)
 CLIP_G = TokenizerSource("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", model_folder="tokenizer_2", pad=0)
 
 
