@@ -68,7 +68,8 @@ def known_prompts() -> list[str]:
     """Prompts for everything that the base model was trained on."""
     from shapes import KNOWN_SHAPES, combinations
 
-    return [f"a {colour} {shape} on a {background} background" for shape, colour, background in combinations(KNOWN_SHAPES)]
+    known = combinations(KNOWN_SHAPES)
+    return [f"a {colour} {shape} on a {background} background" for shape, colour, background in known]
 
 
 def write_star_pictures(folder: Path) -> None:
