@@ -26,6 +26,7 @@ from library.checkpoints.tensors import (
     fill_module,
     is_safetensors,
     open_tensors,
+    read_metadata,
     save_pickle,
     save_tensors,
     shapes_of,
@@ -275,6 +276,14 @@ def _load_folder(folder: Path, spec: LoadSpec) -> SdModules:
         source=folder,
         is_single_file=False,
     )  # fmt: skip
+
+
+def recorded_prediction_type(source: Path) -> str | None:
+    """"epsilon" or "v", where a file's metadata or a folder's scheduler says so."""
+    if source.is_dir():
+        name = read_config(source / "scheduler", "scheduler_config.json").get("prediction_type")
+        return {"epsilon": "epsilon", "v_prediction": "v"}.get(name or "")
+    return read_metadata(source).get("modelspec.prediction_type") if source.is_file() else None
 
 
 # --- saving ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -409,10 +410,30 @@ def test_model_metadata(v2, velocity, version, architecture, resolution):
     assert metadata["prediction_type"] == ("v" if velocity else "epsilon")
 
 
-def test_impossible_options_are_reported_before_loading():
-    problems = StableDiffusion(make_options(clip_skip=0, cache_text_encoder_outputs=True)).check_options()
-    assert len(problems) == 2
-    assert "--clip_skip 0" in problems[0]
+def test_impossible_options_are_reported_before_loading(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    options = make_options(clip_skip=0, cache_text_encoder_outputs=True, xformers=True)
+    problems = StableDiffusion(options).check_options()
+    assert [problem.split()[0] for problem in problems] == ["--clip_skip", "--xformers", "--cache_text_encoder_outputs"]
+
+
+@pytest.mark.parametrize("where", ["folder", "file"])
+def test_a_recorded_prediction_type_that_contradicts_the_option_is_reported(family, tmp_path, caplog, where):
+    if where == "folder":
+        model = tmp_path / "m"
+        family.save(model, layout="diffusers_safetensors", dtype=None, metadata={})
+    else:
+        model = tmp_path / "m.safetensors"
+        family.save(model, layout="safetensors", dtype=None, metadata={"modelspec.prediction_type": "epsilon"})
+    make_family(model)
+    assert "predicts" not in caplog.text
+    make_family(model, v_parameterization=True)
+    assert "says that it predicts epsilon: remove --v_parameterization?" in caplog.text
+
+
+def test_tokenize_travels_to_data_workers(family):
+    copy = pickle.loads(pickle.dumps(family.tokenize))
+    assert torch.equal(copy(["a cat"])["input_ids"], family.tokenize(["a cat"])["input_ids"])
 
 
 # --- names that other programs import --------------------------------------------------------------------------

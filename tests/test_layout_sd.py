@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import layout_clip, layout_sd, layout_unet, layout_vae
+from library.checkpoints.folders import hub_patterns, part_file
 from library.checkpoints.recognition import ModelKind, check_kind, is_ignorable, recognise
 from library.checkpoints.tensors import RenamedTensors, TensorDict, check_keys, shapes_of
 from library.models.text_encoders import ClipTextEncoder
@@ -305,6 +306,38 @@ def test_harmless_extra_keys_are_left_out_and_strange_ones_reported():
     layout_sd.check_foreign_keys(normal, v2=False)
     with pytest.raises(ValueError, match="1 unexpected keys: strange"):
         layout_sd.check_foreign_keys(layout_sd.normalize(meta_tensors({**shapes, "strange": (1,)})), v2=False)
+
+
+def test_hub_downloads_leave_out_what_nobody_reads():
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = [
+        "model_index.json", "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/diffusion_pytorch_model.bin",
+        "text_encoder/model.safetensors", "text_encoder/pytorch_model.bin", "safety_checker/model.safetensors",
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    wanted, unwanted = hub_patterns(".safetensors")
+    assert list(filter_repo_objects(files, allow_patterns=wanted, ignore_patterns=unwanted)) == [
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    wanted, unwanted = hub_patterns(".bin")
+    pickles = [n for n in filter_repo_objects(files, allow_patterns=wanted, ignore_patterns=unwanted) if ".bin" in n]
+    assert pickles == ["unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"]
+
+
+def test_component_weights_are_found_in_every_form_a_folder_may_have(tmp_path):
+    for name in (
+        "pytorch_model.bin", "model.safetensors.index.json", "model.safetensors", "model.safetensors.index.fp16.json",
+    ):  # fmt: skip
+        (tmp_path / name).touch()
+        variant = "fp16" if "fp16" in name else None
+        assert part_file(tmp_path, "text_encoder", variant).name == name
+    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model\.safetensors"):
+        part_file(tmp_path, "unet")
 
 
 def test_mismatched_keys_are_listed():

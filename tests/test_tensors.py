@@ -127,7 +127,7 @@ def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
         assert values in ([0.0], [7.0])
 
 
-def test_filling_a_module_is_strict_and_copies(tmp_path):
+def test_filling_a_module_is_strict_about_keys_and_shapes():
     def build() -> nn.Module:
         with torch.device("meta"):
             return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))

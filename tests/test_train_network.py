@@ -165,3 +165,22 @@ def test_saved_forms_and_retention(photos, tmp_path):
         "run-state", "run-step00000003.pt", "run-step00000004.pt", "run.pt",
     ]
     assert all(isinstance(value, torch.Tensor) for value in torch.load(out / "run.pt", weights_only=True).values())
+
+
+def test_tensorboard_gets_the_scalars_that_users_know(photos, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = write_config(tmp_path, photos)
+    train("--dataset_config", config, "--max_train_steps", "3", "--logging_dir", tmp_path / "logs", "--log_prefix", "p_",
+          "--unet_lr", "2e-3", "--text_encoder_lr", "1e-4", "--scale_weight_norms", "1", output_dir=tmp_path / "out")
+    [folder] = (tmp_path / "logs").iterdir()
+    assert folder.name.startswith("p_20")
+    events = EventAccumulator(str(folder / "network_train"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss/current", "loss/average", "loss/epoch_average", "lr/textencoder", "lr/unet", "max_norm/keys_scaled",
+        "max_norm/max_key_norm", "norm/avg_key_norm",
+    }
+    assert [event.step for event in events.Scalars("loss/current")] == [1, 2, 3]
+    assert events.Scalars("lr/unet")[0].value == pytest.approx(2e-3)
+    assert events.Scalars("lr/textencoder")[0].value == pytest.approx(1e-4)

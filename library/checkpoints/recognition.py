@@ -14,7 +14,7 @@ _IGNORABLE = re.compile(
     r"|sqrt_one_minus_alphas_cumprod|log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod"
     r"|posterior_variance|posterior_log_variance_clipped|posterior_mean_coef[12]|scale_factor|logvar|lvlb_weights)$"
     r"|denoiser\.sigmas$|edm_mean$|edm_std$|v_pred$|ztsnr$|(?:first_stage_model\.)?loss\."
-    r"|.*position_ids$|.*logit_scale$|(?:.*\.)?optimizer_states)"
+    r"|.*position_ids$|.*logit_scale$|cond_stage_model\.text_projection$|(?:.*\.)?optimizer_states)"
 )
 _STALE = re.compile(r"^model_ema\.|position_ids$")
 _QUANTISED = (".absmax", ".quant_map", ".weight_format")

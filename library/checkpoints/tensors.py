@@ -29,6 +29,7 @@ _DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[A-Za-z]+)$")
 
 
@@ -173,12 +174,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def shard_paths(path: str | Path) -> list[Path]:
-    """The files that belong together: an `*.index.json`, all shards of a `-0000i-of-0000K` name, or the file alone.
+    """The files that belong together: those of an index file, all shards of a `-0000i-of-0000K` name, or one alone.
 
     Raises FileNotFoundError that names the first missing shard.
     """
     path = Path(path)
-    if path.name.endswith(".index.json"):
+    if _INDEX.search(path.name):
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         paths = [path.parent / name for name in sorted(set(weight_map.values()))]
     elif match := _SHARD.match(path.name):

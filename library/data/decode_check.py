@@ -6,13 +6,11 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from library.checkpoints.tensors import atomic_write
 from library.data.dataset import DatasetGroup
-from library.data.image_files import BadImagesError
-from library.data.images import ImageError, load_image
+from library.data.image_files import BadImagesError, undecodable
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,7 @@ def check_images(group: DatasetGroup, memory: Path | None = None) -> int:
     known = _read(memory)
     stamps = {path: _stamp(path) for path in _paths(group)}
     waiting = [path for path, stamp in stamps.items() if stamp is None or known.get(path) != stamp]
-    bad = _decode(waiting) if waiting else {}
+    bad = undecodable(waiting)
     known |= {path: stamp for path in waiting if path not in bad and (stamp := stamps[path]) is not None}
     if waiting:
         _write(memory, known)
@@ -56,22 +54,6 @@ def _stamp(path: str) -> list[int] | None:
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
-
-
-def _decode(paths: list[str]) -> dict[str, str]:
-    """Path -> line about a file that cannot be decoded."""
-    from tqdm import tqdm
-
-    def problem(path: str) -> str:
-        try:
-            load_image(path)
-        except ImageError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        problems = list(tqdm(pool.map(problem, paths), total=len(paths), desc="checking images", unit="image"))
-    return {path: line for path, line in zip(paths, problems, strict=True) if line}
 
 
 def _read(memory: Path) -> dict[str, list[int]]:

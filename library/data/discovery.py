@@ -14,7 +14,7 @@ from pathlib import Path
 from library.config_schema import DataConfig, DatasetConfig, SubsetConfig
 from library.data.caption_files import read_captions
 from library.data.conditioning_files import pair_conditioning_images
-from library.data.image_files import BadImagesError, list_images, read_image_sizes
+from library.data.image_files import BadImagesError, list_images, read_image_sizes, undecodable
 from library.data.info_cache import FILE_NAME, read_info_cache, write_info_cache
 from library.data.metadata_file import (
     ImageLocator,
@@ -84,8 +84,10 @@ def discover_all(config: DataConfig, surroundings: Surroundings | None = None) -
             found.append(discover_parts(dataset, index, surroundings))
         except BadImagesError as error:
             bad |= error.files
-    if bad:
-        raise BadImagesError(bad)
+    if bad:  # the run ends here, so take the time to find files with a good header and a broken body too
+        folders = {subset.image_dir for dataset in config.datasets for subset in dataset.subsets if subset.image_dir}
+        listed = [path for directory in sorted(folders) for path in list_images(directory)]
+        raise BadImagesError(bad | undecodable([path for path in listed if path not in bad]))
     if not any(parts.training for parts in found):
         raise UserError(f"No data found: validation_split leaves no image of {config.source} for training")
     return found

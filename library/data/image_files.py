@@ -1,15 +1,16 @@
-"""Which files in a directory are images, and whether their headers can be read; no pixels are decoded."""
+"""Which files in a directory are images, and whether they can be read: by their headers, or decoded in full."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 from PIL import features
 
-from library.data.images import ImageError, image_size
+from library.data.images import ImageError, image_size, load_image
 from library.options.errors import UserError
 
 _JXL_PLUGINS = ("pillow_jxl", "jxlpy")  # importing one registers it with Pillow
@@ -63,3 +64,21 @@ def read_image_sizes(paths: Iterable[str]) -> tuple[dict[str, tuple[int, int]], 
         if path in bad and os.path.isfile(path) and os.path.getsize(path) == 0:
             bad[path] = f"{path}: the file is empty (0 bytes)"
     return sizes, bad
+
+
+def undecodable(paths: Sequence[str]) -> dict[str, str]:
+    """Decode every image; path -> line about a file that cannot be decoded."""
+    from tqdm import tqdm
+
+    def problem(path: str) -> str:
+        try:
+            load_image(path)
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    if not paths:
+        return {}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        problems = list(tqdm(pool.map(problem, paths), total=len(paths), desc="checking images", unit="image"))
+    return {path: line for path, line in zip(paths, problems, strict=True) if line}

@@ -49,6 +49,8 @@ class StableDiffusion(ModelFamily):
         clip_skip = self.options.model.clip_skip
         if clip_skip is not None and clip_skip < 1:
             problems.append(f"--clip_skip {clip_skip}: it counts layers from the end, so it is 1 or more.")
+        if self.options.device.xformers:
+            problems += _xformers_problems()
         if self.options.cache.cache_text_encoder_outputs:
             problems.append("--cache_text_encoder_outputs does not work with Stable Diffusion 1 and 2; leave it out.")
         return problems
@@ -70,6 +72,7 @@ class StableDiffusion(ModelFamily):
         self.vae = self.modules.vae
         self.text_encoders: list[nn.Module | None] = [self.modules.text_encoder]
         self.tokenizer.check_fits(self.text_encoder, str(self.modules.source))
+        self._warn_about_prediction_type()
         set_attention(self.denoiser, self.vae, attention_kind(self.options))
 
     def _warn(self) -> None:
@@ -78,6 +81,15 @@ class StableDiffusion(ModelFamily):
             logger.warning("--clip_skip with --v2 counts from the penultimate layer, which is the usual one already.")
         if model.v_parameterization and not self.v2:
             logger.warning("--v_parameterization without --v2: the model must be a v-prediction variant of SD 1.")
+
+    def _warn_about_prediction_type(self) -> None:
+        from library.model_util import recorded_prediction_type
+
+        recorded = recorded_prediction_type(self.modules.source)
+        wanted = "v" if self.options.model.v_parameterization else "epsilon"
+        if recorded and recorded != wanted:
+            advice = "remove --v_parameterization" if wanted == "v" else "add --v_parameterization"
+            logger.warning("%s says that it predicts %s: %s?", self.modules.source, recorded, advice)
 
     @property
     def text_encoder(self) -> Any:
@@ -208,12 +220,23 @@ class StableDiffusion(ModelFamily):
         """The bare encoder: LyCORIS names its keys `lora_te_` only then."""
         return self.text_encoders[0]
 
-    def save(self, path: Path, *, layout: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """A single file (layout "safetensors", "ckpt") or a folder ("diffusers", "diffusers_safetensors")."""
+    def save(
+        self,
+        path: Path,
+        *,
+        layout: str,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        counters: tuple[int, int] = (0, 0),
+    ) -> None:
+        """A single file (layout "safetensors", "ckpt") or a folder ("diffusers", "diffusers_safetensors").
+
+        `counters` = (epochs, steps) of this run; only pickles hold them.
+        """
         from library.model_util import save_checkpoint, save_diffusers_folder
 
         if layout in ("safetensors", "ckpt"):
-            save_checkpoint(path, self.modules, v2=self.v2, dtype=dtype, metadata=metadata)
+            save_checkpoint(path, self.modules, v2=self.v2, dtype=dtype, metadata=metadata, counters=counters)
         elif layout in ("diffusers", "diffusers_safetensors"):
             save_diffusers_folder(
                 path, self.modules, v_parameterization=self.options.model.v_parameterization, dtype=dtype,
@@ -236,6 +259,14 @@ class StableDiffusion(ModelFamily):
             "default_resolution": 768 if self.v2 and velocity else 512,
             "prediction_type": "v" if velocity else "epsilon",
         }
+
+
+def _xformers_problems() -> list[str]:
+    """One sentence if xformers does not work on the device that will be used."""
+    from library.models.layers import XFORMERS_ADVICE, xformers_problem
+
+    problem = xformers_problem("cuda" if torch.cuda.is_available() else "cpu")
+    return [f"--xformers cannot be used here ({problem}). {XFORMERS_ADVICE}"] if problem else []
 
 
 def attention_kind(options: Options) -> str | None:

@@ -10,6 +10,10 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+XFORMERS_ADVICE = (
+    "Leave the option out (--sdpa is the default and as fast), or install an xformers build for this torch."
+)
+
 
 class TimeEmbedding(TimestepEmbedding):
     """diffusers' time embedding under a name of its own.
@@ -58,13 +62,10 @@ def set_attention(unet: Any, vae: Any, kind: str | None) -> None:
         raise ValueError(f"attention {kind!r} is unknown; allowed: sdpa, mem_eff_attn, xformers.")
     models = [model for model in (unet, vae) if model is not None]
     if kind == "xformers":
+        problem = xformers_problem("cuda" if torch.cuda.is_available() else "cpu")
+        if problem:
+            raise ValueError(f"--xformers cannot be used here ({problem}). {XFORMERS_ADVICE}")
         for model in models:
-            problem = xformers_problem(model.device)
-            if problem:
-                raise ValueError(
-                    f"--xformers: xformers cannot be used here ({problem}). Leave the option out: --sdpa is the "
-                    "default and as fast, or install an xformers build that matches the installed torch."
-                )
             model.enable_xformers_memory_efficient_attention()
         return
     processor = MemoryEfficientProcessor() if kind == "mem_eff_attn" else AttnProcessor2_0()
