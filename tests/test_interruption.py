@@ -19,7 +19,6 @@ from tests.training import MODEL, PHOTOS, TOKENIZERS, train, write_config
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason=str(SkipReason.NO_SIGKILL))
 def test_kill_9_while_saving_leaves_whole_files_and_a_state_to_resume_from(tmp_path):
     photos = Path(shutil.copytree(PHOTOS, tmp_path / "photos"))
     config = write_config(tmp_path, photos)

@@ -20,7 +20,7 @@ def odd_pictures(tmp_path) -> Path:
     photo.convert("CMYK").save(folder / "cmyk.jpg")
     photo.convert("P").save(folder / "palette.png", transparency=0)
     photo.convert("LA").save(folder / "grey alpha.png")
-    Image.fromarray((numpy.asarray(photo.convert("L")).astype("uint16") * 257)).save(folder / "sixteen.png")
+    Image.fromarray(numpy.asarray(photo.convert("L")).astype("uint16") * 257).save(folder / "sixteen.png")
     photo.save(folder / "wrong.png", format="JPEG")
     photo.save(folder / "日本語 [1] 😀.webp")
     Image.new("RGB", (1, 1), "red").save(folder / "tiny.bmp")
