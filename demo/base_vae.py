@@ -32,6 +32,7 @@ class VaeSettings:
     l2_weight: float = 2.0
     seed: int = 1
     checkpoint_seconds: float = 120.0
+    decoder_only: bool = False  # keep encoder and latents as they are, only sharpen the decoder
 
 
 def build_vae(channels: tuple[int, ...] = (64, 64, 64, 64), layers: int = 1) -> AutoencoderKL:
@@ -103,14 +104,23 @@ def vae_loss(
     return loss, {"l1": l1.item(), "l2": l2.item(), "kl": divergence.item()}
 
 
-def train_vae(settings: VaeSettings, work: Path, device: torch.device) -> AutoencoderKL:
-    """Train for `settings.minutes`, resuming from `work/vae.pt` if present; returns the averaged model."""
+def train_vae(
+    settings: VaeSettings, work: Path, device: torch.device, start: AutoencoderKL | None = None
+) -> AutoencoderKL:
+    """Train for `settings.minutes`, from `start` or from nothing; resumes from `work/vae.pt` (with `decoder_only`
+    `work/vae_decoder.pt`) if present. Returns the averaged model."""
     torch.manual_seed(settings.seed)
-    vae = build_vae().to(device, memory_format=torch.channels_last)
+    vae = (copy.deepcopy(start) if start is not None else build_vae()).to(device, memory_format=torch.channels_last)
+    vae.train().requires_grad_(True)
+    if settings.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     use_fast_norm(vae)
     ema = Ema(vae, 0.999)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    budget, log, step, path = TimeBudget(settings.minutes * 60), LossLog(work / "vae_loss.csv"), 0, work / "vae.pt"
+    weights = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, settings.learning_rate, (0.9, 0.99), weight_decay=1e-3, fused=True)
+    path = work / ("vae_decoder.pt" if settings.decoder_only else "vae.pt")
+    budget, log, step = TimeBudget(settings.minutes * 60), LossLog(path.with_name(f"{path.stem}_loss.csv")), 0
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         vae.load_state_dict(state["model"])
@@ -128,7 +138,7 @@ def train_vae(settings: VaeSettings, work: Path, device: torch.device) -> Autoen
         loss, parts = vae_loss(vae, to_tensor(pictures).to(device), settings, kl_weight_at(settings, budget.share()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         ema.update(vae, step)
         step += 1

@@ -127,7 +127,9 @@ def _changed_values(subset: SubsetConfig) -> dict[str, Any]:
     default = SubsetConfig()
     shown_already = ("kind", "image_dir", "num_repeats", "location")
     values = {item.name: getattr(subset, item.name) for item in fields(subset) if item.name not in shown_already}
-    return {name: value for name, value in values.items() if value != getattr(default, name)}
+    if not subset.validation_split:
+        del values["validation_seed"]
+    return {name: value for name, value in values.items() if (value or None) != (getattr(default, name) or None)}
 
 
 def _option_values(options: Any) -> dict[str, Any]:

@@ -29,6 +29,8 @@ def set_up(options: ConsoleOptions) -> None:
     root.setLevel(options.console_log_level or "INFO" if is_first else "ERROR")
     for name in ("httpx", "httpcore", "filelock", "PIL", "matplotlib"):  # their INFO and DEBUG drown ours
         logging.getLogger(name).setLevel(logging.WARNING)
+    # warns at import about a kernel for 4-bit weights on CPUs, which nothing here uses
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _make_handler(options: ConsoleOptions) -> logging.Handler:

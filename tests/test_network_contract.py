@@ -273,7 +273,8 @@ class UnetWithOwnTimeEmbedding:
 @pytest.fixture
 def lycoris():
     """LyCORIS keeps presets as process-wide class state: put them back afterwards."""
-    kohya = pytest.importorskip("lycoris.kohya")
+    from lycoris import kohya
+
     network_class = kohya.LycorisNetworkKohya
     saved = {name: value for name, value in vars(network_class).items() if name.isupper()}
     yield kohya
