@@ -19,8 +19,7 @@ from typing import Any, NoReturn
 
 from library import logs
 from library.config_util import ConfigError, SupportedKinds, load_data_config
-from library.options import Options, group_classes
-from library.options.checks import check_options, published_by_wandb
+from library.options.checks import published_by_wandb
 from library.options.declare import OptionSpec, specs_of
 from library.options.errors import UserError
 from library.options.not_yet import unsupported
@@ -35,22 +34,25 @@ MISTAKES = (ValueError, ImportError, FileNotFoundError, NotADirectoryError, IsAD
 
 @dataclass(frozen=True)
 class Script:
-    """An entry script. Dotted paths are `module:name`; they are imported only after all options are checked."""
+    """An entry script. Dotted paths are `module:name`; they are imported only after all options are checked.
+
+    A script without training data gets `run(options, family)`, one with data `run(options, family, method, kinds)`.
+    """
 
     name: str  # file name, e.g. "train_network.py"
     description: str
     options: ScriptOptions
     family: str
-    method: str
+    method: str | None = None
     run: str = "library.training_loop:train"
-    data: SupportedKinds = SupportedKinds()  # `--masked_loss` adds the kind with mask images
+    data: SupportedKinds | None = SupportedKinds()  # `--masked_loss` adds the kind with mask images
 
 
 @dataclass(frozen=True)
 class CommandLine:
     """What a command line and its `--config_file` say; `raw` has every option as it would stand in a TOML file."""
 
-    options: Options
+    options: Any  # the script's record: `library.options.Options` for training
     raw: Mapping[str, Any]
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -58,7 +60,7 @@ class CommandLine:
 
 
 # --- parser --------------------------------------------------------------------------------------------------
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a mistake as UserError instead of printing all of the usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -70,24 +72,25 @@ def build_parser(script: Script) -> argparse.ArgumentParser:
     return _make_parser(script, is_checked=True)
 
 
-def _make_parser(script: Script, *, is_checked: bool) -> _Parser:
+def _make_parser(script: Script, *, is_checked: bool) -> Parser:
     """With `is_checked` false every value stays the text that was given."""
-    parser = _Parser(
+    parser = Parser(
         prog=script.name,
         usage=f"{script.name} [options]",
         description=script.description,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
     )
-    titles = {group: f"{name.replace('_', ' ')} options" for name, group in group_classes().items()}
+    titles = {group: f"{name.replace('_', ' ')} options" for name, group in script.options.record.groups().items()}
     specs = script.options.specs()
     for group in script.options.groups:
         section = parser.add_argument_group(titles[group])
         for spec in (specs[item.name] for item in specs_of(group) if item.name in specs):
-            section.add_argument(*spec.flags, **_arguments(spec, is_checked=is_checked))
+            section.add_argument(*spec.flags, **argument(spec, is_checked=is_checked))
     return parser
 
 
-def _arguments(spec: OptionSpec, *, is_checked: bool) -> dict[str, Any]:
+def argument(spec: OptionSpec, *, is_checked: bool) -> dict[str, Any]:
+    """What `add_argument` gets for an option besides its flags."""
     text = spec.help.replace("%", "%%")
     if spec.is_flag:
         return {"dest": spec.name, "action": "store_true", "default": spec.default, "help": text}
@@ -103,6 +106,8 @@ def _arguments(spec: OptionSpec, *, is_checked: bool) -> dict[str, Any]:
         return value
 
     read.__name__ = spec.type_name
+    if spec.is_positional:
+        return {"dest": spec.name, "type": read, "help": text}
     names = [str(choice) for choice in spec.choices or () if choice is not None]
     metavar = "{" + ",".join(names) + "}" if 0 < len(",".join(names)) <= 40 else spec.type_name.upper()
     return {
@@ -112,6 +117,7 @@ def _arguments(spec: OptionSpec, *, is_checked: bool) -> dict[str, Any]:
         "choices": spec.choices if is_checked else None,
         "nargs": spec.nargs,
         "metavar": metavar,
+        "required": spec.required,
         "help": text if len(",".join(names)) <= 40 else f"{text}; one of {', '.join(names)}",
     }
 
@@ -136,7 +142,8 @@ def read_command_line(script: Script, argv: Sequence[str]) -> CommandLine:
     if raw.get("config_file"):
         raw["config_file"] = str(config_path(raw["config_file"]).with_suffix(""))
     values = {name: spec.final(raw[name]) for name, spec in specs.items()}
-    options = replace(Options().with_values(**values), script_defaults=script.options.defaults())
+    record: Any = script.options.record().with_values(**values)
+    options = replace(record, script_defaults=script.options.defaults())
     return CommandLine(options, raw, tuple(problems), tuple(warnings), tuple(remarks))
 
 
@@ -154,7 +161,7 @@ def _given(script: Script, argv: Sequence[str]) -> tuple[dict[str, Any], list[st
     missing = object()
     namespace = argparse.Namespace(**dict.fromkeys(specs, missing))
     namespace, rest = _make_parser(script, is_checked=False).parse_known_args(list(argv), namespace)
-    problems = _unknown_words(rest, specs)
+    problems = unknown_words(rest, specs)
     given: dict[str, Any] = {}
     for name, value in vars(namespace).items():
         if value is missing:
@@ -170,7 +177,8 @@ def _given(script: Script, argv: Sequence[str]) -> tuple[dict[str, Any], list[st
     return given, problems
 
 
-def _unknown_words(words: Sequence[str], specs: Mapping[str, OptionSpec]) -> list[str]:
+def unknown_words(words: Sequence[str], specs: Mapping[str, OptionSpec]) -> list[str]:
+    """One sentence for every word of a command line that is no option, with the nearest option if there is one."""
     problems = []
     after_unknown = False
     for word in words:
@@ -189,26 +197,26 @@ def check(script: Script, command_line: CommandLine) -> CommandLine:
 
     Looks at the options, the files they name and the dataset file, and imports nothing heavy.
     """
-    checked = check_options(command_line.options, script.options)
+    checked = resolve(script.options.check)(command_line.options, script.options)
     problems = [*command_line.problems, *checked.problems]
-    problems += _data_problems(script, checked.options)
-    problems += unsupported(command_line.options)
+    problems += () if script.data is None else _data_problems(script.data, checked.options)
+    problems += unsupported(command_line.options, script.options.not_yet)
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
     warnings = command_line.warnings + checked.warnings
     return replace(command_line, options=checked.options, warnings=warnings)
 
 
-def data_kinds(script: Script, options: Options) -> SupportedKinds:
-    """The kinds of datasets that the script accepts; mask images come with `--masked_loss`."""
-    return replace(script.data, controlnet=script.data.controlnet or options.dataset.masked_loss)
+def data_kinds(kinds: SupportedKinds, options: Any) -> SupportedKinds:
+    """The kinds of datasets that a script accepts; mask images come with `--masked_loss`."""
+    return replace(kinds, controlnet=kinds.controlnet or options.dataset.masked_loss)
 
 
-def _data_problems(script: Script, options: Options) -> Sequence[str]:
+def _data_problems(kinds: SupportedKinds, options: Any) -> Sequence[str]:
     """What is wrong with the dataset file or folders; the run reads them again and then gives the warnings."""
     if options.dataset.dataset_class:
         return ()
-    kinds = data_kinds(script, options)
+    kinds = data_kinds(kinds, options)
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -222,36 +230,45 @@ def _data_problems(script: Script, options: Options) -> Sequence[str]:
     return ()
 
 
-def parse(script: Script, argv: Sequence[str]) -> Options:
+def parse(script: Script, argv: Sequence[str]) -> Any:
     """The checked options of a command line. Raises UserError that lists everything that is wrong."""
     return check(script, read_command_line(script, argv)).options
 
 
 # --- running -------------------------------------------------------------------------------------------------
 def main(script: Script, argv: Sequence[str] | None = None) -> None:
-    """Run an entry script.
+    """Run an entry script; it ends as `exit_status` says.
+
+    Mistakes found while running show their traceback too under `--console_log_level DEBUG`.
+    """
+    with exit_status(script.name):
+        _main(script, sys.argv[1:] if argv is None else argv)
+
+
+@contextmanager
+def exit_status(name: str) -> Iterator[None]:
+    """What is done inside ends the process the way users of the script `name` expect.
 
     A user's mistake prints one line per mistake and exits with status 2, an interrupt with 130, a termination
-    with 143; any other failure leaves as the exception that it is (status 1). Mistakes found while running show
-    their traceback too under `--console_log_level DEBUG`.
+    with 143; any other failure leaves as the exception that it is (status 1).
     """
     try:
         with _termination_as_exit():
-            _main(script, sys.argv[1:] if argv is None else argv)
+            yield
     except KeyboardInterrupt:
-        print(f"{script.name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except MISTAKES as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             traceback.print_exc()
         for line in _lines(error):
-            print(f"{script.name}: error: {line}", file=sys.stderr)
+            print(f"{name}: error: {line}", file=sys.stderr)
         sys.exit(USER_ERROR)
 
 
 def _main(script: Script, argv: Sequence[str]) -> None:
     command_line = read_command_line(script, argv)
-    if command_line.options.config_file.output_config:
+    if command_line.raw.get("output_config"):
         _write_options(script, command_line)
         return
     command_line = check(script, command_line)
@@ -260,12 +277,14 @@ def _main(script: Script, argv: Sequence[str]) -> None:
         logger.warning("%s", text)
     for text in command_line.remarks:
         logger.info("%s", text)
-    run, family, method = (resolve(path) for path in (script.run, script.family, script.method))
-    run(command_line.options, family, method, data_kinds(script, command_line.options))
+    run, *parts = (resolve(path) for path in (script.run, script.family, script.method) if path)
+    if script.data is not None:
+        parts.append(data_kinds(script.data, command_line.options))
+    run(command_line.options, *parts)
 
 
 def _write_options(script: Script, command_line: CommandLine) -> None:
-    name = command_line.options.config_file.config_file
+    name = command_line.raw["config_file"]
     problems = list(command_line.problems)
     if name is None:
         problems.append("--output_config needs --config_file: it names the file to write.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import layout_clip, layout_sd, layout_unet, layout_vae
-from library.checkpoints.folders import hub_folder, part_file, read_config, weight_stem
+from library.checkpoints.folders import (
+    hub_folder,
+    model_index,
+    module_config,
+    part_file,
+    read_config,
+    weight_stem,
+    write_json,
+    write_part,
+)
 from library.checkpoints.recognition import ModelKind, check_not_quantised, is_ignorable, recognise, require_kind
 from library.checkpoints.tensors import (
     LazyTensors,
     Operation,
     RenamedTensors,
     Shapes,
-    atomic_write,
     cast,
     fill_module,
     is_safetensors,
@@ -54,7 +61,7 @@ class SdModules:
 
 @dataclass(frozen=True)
 class LoadSpec:
-    """What to load and how; a dtype of None keeps the file's."""
+    """What to load and how; a dtype of None keeps the file's. `option` is what messages call the path."""
 
     path: str
     v2: bool = False
@@ -62,6 +69,9 @@ class LoadSpec:
     vae_dtype: torch.dtype | None = None
     device: torch.device | str = "cpu"
     vae: str | None = None
+    option: str = "--pretrained_model_name_or_path"
+    variant: str | None = None  # of a folder's weight files, e.g. "fp16"; at least one component must have it
+    linear_projections: bool = True  # SD2: `proj_in`/`proj_out` as Linear layers; False: as 1x1 convolutions
 
 
 # --- loading ---------------------------------------------------------------------------------------------------
@@ -73,7 +83,7 @@ def load_model(spec: LoadSpec) -> SdModules:
     path = Path(spec.path).resolve() if Path(spec.path).exists() else Path(spec.path)
     if path.is_file():
         return _load_file(path, spec)
-    folder = path if path.is_dir() else hub_folder(spec.path, option="--pretrained_model_name_or_path")
+    folder = path if path.is_dir() else hub_folder(spec.path, option=spec.option, variant=spec.variant)
     return _load_folder(folder, spec)
 
 
@@ -107,7 +117,7 @@ def _load_file(path: Path, spec: LoadSpec) -> SdModules:
         raise ValueError(f"{path} holds no text encoder; a complete checkpoint is needed.")
     vae_part = layout_sd.vae_tensors(tensors)
     if not vae_part and not spec.vae:
-        raise ValueError(f"{path} holds no VAE; name one with --vae.")
+        raise ValueError(f"{path} holds no VAE: one must come from --vae, or with a complete checkpoint.")
     return SdModules(
         text_encoder=build_clip(
             text, activation="gelu" if spec.v2 else "quick_gelu", component="text encoder", dtype=spec.dtype,
@@ -115,7 +125,7 @@ def _load_file(path: Path, spec: LoadSpec) -> SdModules:
         ),
         vae=load_vae(spec.vae, dtype=spec.vae_dtype, device=spec.device) if spec.vae
         else build_vae(vae_part, dtype=spec.vae_dtype, device=spec.device),
-        unet=build_unet(layout_sd.unet_tensors(tensors), dtype=spec.dtype, device=spec.device, v2=spec.v2),
+        unet=_build_unet(layout_sd.unet_tensors(tensors), spec),
         source=path,
         is_single_file=True,
     )  # fmt: skip
@@ -124,7 +134,7 @@ def _load_file(path: Path, spec: LoadSpec) -> SdModules:
 def _require_version(found: ModelKind, spec: LoadSpec) -> None:
     expected = ModelKind.SD2 if spec.v2 else ModelKind.SD1
     hint = {ModelKind.SD1: "Remove --v2.", ModelKind.SD2: "Add --v2."}.get(found, "")
-    require_kind(found, expected, source=spec.path, option="--pretrained_model_name_or_path", hint=hint)
+    require_kind(found, expected, source=spec.path, option=spec.option, hint=hint)
 
 
 def _kind_of_folder(unet_shapes: Shapes, text_config: Mapping[str, Any]) -> ModelKind:
@@ -135,38 +145,46 @@ def _kind_of_folder(unet_shapes: Shapes, text_config: Mapping[str, Any]) -> Mode
     return {"quick_gelu": ModelKind.SD1, "gelu": ModelKind.SD2}.get(text_config.get("hidden_act", ""), kind)
 
 
+def _build_unet(tensors: Mapping[str, Tensor], spec: LoadSpec, config: Mapping[str, Any] | None = None) -> Any:
+    linear = spec.linear_projections if spec.v2 else None
+    return build_unet(tensors, dtype=spec.dtype, device=spec.device, linear_projections=linear, config=config)
+
+
 def build_unet(
     tensors: Mapping[str, Tensor],
     *,
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
-    v2: bool = False,
+    linear_projections: bool | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Any:
     """diffusers' U-Net for tensors in original layout; sizes come from shapes.
 
-    `config` is a folder's config.json: head counts, sample size and upcasting are taken from it. SD2 projections
-    become Linear layers whatever the form in the file.
+    `config` is a folder's config.json: head counts, sample size and upcasting are taken from it.
+    `linear_projections`: whether `proj_in`/`proj_out` become Linear layers or 1x1 convolutions whatever their form in
+    the file is; the heads are then those of linear ones, as in SD2. None keeps the form.
     """
     from diffusers import UNet2DConditionModel
 
     config = config or {}
-    if v2:
-        tensors = _linear_projections(tensors)
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
-    arguments = layout_unet.unet_config(shapes_of(tensors), heads=tuple(heads) if isinstance(heads, list) else heads)
+    shapes = shapes_of(tensors if linear_projections is None else _with_projections(tensors, linear=True))
+    arguments = layout_unet.unet_config(shapes, heads=tuple(heads) if isinstance(heads, list) else heads)
+    if linear_projections is not None:
+        tensors = _with_projections(tensors, linear=linear_projections)
+        arguments["use_linear_projection"] = linear_projections
     arguments["sample_size"] = config.get("sample_size") or 64
     arguments["upcast_attention"] = bool(config.get("upcast_attention", False))
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**arguments)
+        unet: Any = UNet2DConditionModel(**arguments)
     rename_time_embedding(unet)
     fill_module(unet, layout_unet.to_diffusers(tensors), component="U-Net", dtype=dtype, device=device)
     return unet.eval().requires_grad_(False)
 
 
-def _linear_projections(tensors: Mapping[str, Tensor]) -> RenamedTensors:
+def _with_projections(tensors: Mapping[str, Tensor], *, linear: bool) -> RenamedTensors:
     plan = {
-        key: (key, layout_unet.projection_operation(key, shape, linear=True))
+        key: (key, layout_unet.projection_operation(key, shape, linear=linear))
         for key, shape in shapes_of(tensors).items()
     }
     return RenamedTensors(tensors, plan)
@@ -208,7 +226,7 @@ def _encoder_digest(tensors: Mapping[str, Tensor]) -> str:
         if key.startswith(("encoder.", "quant_conv.")):
             flat = tensors[key].detach().contiguous().reshape(-1).cpu()
             digest.update(key.encode() + str(flat.dtype).encode())
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -222,16 +240,20 @@ def load_vae(
     device: torch.device | str = "cpu",
     latent_channels: int = 4,
     config: Mapping[str, Any] | None = None,
+    variant: str | None = None,
 ) -> Any:
-    """`--vae`: a VAE or full-model file of either layout, a Diffusers folder (its root or `vae/`), or a hub name."""
+    """`--vae`: a VAE or full-model file of either layout, a Diffusers folder (its root or `vae/`), or a hub name.
+
+    `variant` of a folder's weight file is preferred to the plain one.
+    """
     location = Path(path)
     if location.is_file():
         tensors = vae_part(open_tensors(location))
         return build_vae(tensors, dtype=dtype, device=device, latent_channels=latent_channels, config=config)
     if not location.is_dir():
-        location = hub_folder(str(path), option="--vae")
+        location = hub_folder(str(path), option="--vae", variant=variant)
     folder = location / "vae" if (location / "vae").is_dir() else location
-    tensors = layout_vae.to_diffusers(open_tensors(part_file(folder, "vae")))
+    tensors = layout_vae.to_diffusers(open_tensors(part_file(folder, "vae", variant)))
     settings = {**read_config(folder), **(config or {})}
     return build_vae(tensors, dtype=dtype, device=device, latent_channels=latent_channels, config=settings)
 
@@ -250,32 +272,61 @@ def vae_part(tensors: LazyTensors) -> RenamedTensors:
 
 
 def _load_folder(folder: Path, spec: LoadSpec) -> SdModules:
-    for name in ("unet", "text_encoder") + (() if spec.vae else ("vae",)):
-        if not (folder / name).is_dir():
-            raise FileNotFoundError(
-                f"--pretrained_model_name_or_path {spec.path}: there is no folder '{name}' in it; "
-                "give a checkpoint file or a complete Diffusers folder."
-            )
-    variant = "fp16" if spec.dtype == torch.float16 else None
+    variant = _check_folder(folder, spec)
     text = layout_clip.normalize_hf(open_tensors(part_file(folder / "text_encoder", "text_encoder", variant)))
     text_config = read_config(folder / "text_encoder")
-    overrides = {k: text_config[k] for k in ("hidden_act", "num_attention_heads") if k in text_config}
-    diffusers_unet = open_tensors(part_file(folder / "unet", "unet", variant))
-    names = layout_unet.names_to_original(diffusers_unet)
-    unet_tensors = RenamedTensors(diffusers_unet, {new: (old, None) for old, new in names.items()})
+    overrides: dict[str, Any] = {k: text_config[k] for k in ("hidden_act", "num_attention_heads") if k in text_config}
+    unet_tensors = _folder_unet(folder, variant)
     _require_version(_kind_of_folder(unet_tensors.shapes, text_config), spec)
     return SdModules(
         text_encoder=build_clip(
             text, activation="gelu" if spec.v2 else "quick_gelu", component="text encoder", dtype=spec.dtype,
             device=spec.device, overrides=overrides,
         ),
-        vae=load_vae(spec.vae or folder, dtype=spec.vae_dtype, device=spec.device),
-        unet=build_unet(
-            unet_tensors, dtype=spec.dtype, device=spec.device, v2=spec.v2, config=read_config(folder / "unet")
-        ),
+        vae=load_vae(spec.vae or folder, dtype=spec.vae_dtype, device=spec.device, variant=variant),
+        unet=_build_unet(unet_tensors, spec, read_config(folder / "unet")),
         source=folder,
         is_single_file=False,
     )  # fmt: skip
+
+
+def _check_folder(folder: Path, spec: LoadSpec) -> str | None:
+    """The variant to look for. Raises FileNotFoundError if a component or every file of a wanted variant is missing."""
+    parts = ("unet", "text_encoder") + (() if spec.vae else ("vae",))
+    for name in parts:
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"{spec.option} {spec.path}: there is no folder '{name}' in it; "
+                "give a checkpoint file or a complete Diffusers folder."
+            )
+    if spec.variant is None:
+        return "fp16" if spec.dtype == torch.float16 else None
+    if not any(f".{spec.variant}." in part_file(folder / name, name, spec.variant).name for name in parts):
+        raise FileNotFoundError(f"{spec.option} {spec.path}: no component has weights of the variant {spec.variant}.")
+    return spec.variant
+
+
+def _folder_unet(folder: Path, variant: str | None) -> RenamedTensors:
+    """A folder's U-Net under original names."""
+    tensors = open_tensors(part_file(folder / "unet", "unet", variant))
+    names = layout_unet.names_to_original(tensors)
+    return RenamedTensors(tensors, {new: (old, None) for old, new in names.items()})
+
+
+@dataclass(frozen=True)
+class FolderFacts:
+    """What a Diffusers folder is: SD 2 or 1, and whether its U-Net has linear projections."""
+
+    v2: bool
+    has_linear_projections: bool
+
+
+def inspect_folder(folder: Path, spec: LoadSpec) -> FolderFacts:
+    """Looks at settings and shapes only; `v2` and `linear_projections` of `spec` do not matter."""
+    shapes = _folder_unet(folder, _check_folder(folder, spec)).shapes
+    kind = _kind_of_folder(shapes, read_config(folder / "text_encoder"))
+    projections = (len(shape) for key, shape in shapes.items() if key.endswith(".proj_in.weight"))
+    return FolderFacts(kind is ModelKind.SD2, next(projections, 4) == 2)
 
 
 def recorded_prediction_type(source: Path) -> str | None:
@@ -298,8 +349,9 @@ def save_checkpoint(
 ) -> None:
     """Writes a single file, safetensors or pickle by its extension, atomically.
 
-    Component tensors are cast to `dtype` if given; keys that only the source checkpoint has keep their bits (EMA
-    copies are dropped). `counters` = (epochs, steps) of this run, added to those of a pickled source.
+    Component tensors are cast to `dtype` if given, also those that only the source checkpoint has (such as the unused
+    last text block of SD2); what belongs to no component keeps its bits (EMA copies are dropped). `counters` =
+    (epochs, steps) of this run, added to those of a pickled source.
     """
     vae = None if modules.vae is None else modules.vae.state_dict()
     trained = layout_sd.to_single_file(modules.unet.state_dict(), modules.text_encoder.state_dict(), vae, v2=v2)
@@ -312,7 +364,8 @@ def save_checkpoint(
         tensors.update(trained)
     if not any(key.startswith(layout_sd.VAE_PREFIX) for key in tensors):
         raise ValueError(f"{path}: there is no VAE to write; name one with --vae.")
-    prepared = RenamedTensors(tensors, {k: (k, _to_dtype(dtype) if k in trained else None) for k in tensors})
+    plan = {k: (k, _to_dtype(dtype) if k.startswith(layout_sd.COMPONENT_PREFIXES) else None) for k in tensors}
+    prepared = RenamedTensors(tensors, plan)
     if is_safetensors(path):
         save_tensors(path, prepared, metadata={"format": "pt", **(metadata or {})})
         return
@@ -352,72 +405,50 @@ def save_diffusers_folder(
     folder: str | Path,
     modules: SdModules,
     *,
-    v_parameterization: bool = False,
+    scheduler: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     use_safetensors: bool = True,
     tokenizer: ClipTokenizer | None = None,
 ) -> None:
     """Writes a pipeline folder (unet, vae, text_encoder, scheduler, tokenizer if one is at hand) without a network.
 
-    Text-encoder keys carry the `text_model.` level, which older libraries need and newer ones accept.
+    `scheduler` is its scheduler_config.json, such as `scheduler_config` makes. Text-encoder keys carry the
+    `text_model.` level, which older libraries need and newer ones accept.
     """
     folder = Path(folder)
     suffix = ".safetensors" if use_safetensors else ".bin"
     for part in ("unet", "vae"):
         module = getattr(modules, part)
-        _write_json(folder / part / "config.json", _module_config(module))
-        _write_part(folder / part / f"{weight_stem(part)}{suffix}", module, dtype)
+        write_json(folder / part / "config.json", module_config(module))
+        write_part(folder / part / f"{weight_stem(part)}{suffix}", module, dtype)
     text = modules.text_encoder
     config = {**text.config.to_diff_dict(), "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     config.pop("_name_or_path", None)
     config["dtype"] = str(dtype or text.dtype).removeprefix("torch.")
-    _write_json(folder / "text_encoder" / "config.json", config)
+    write_json(folder / "text_encoder" / "config.json", config)
     name = "model.safetensors" if use_safetensors else "pytorch_model.bin"
-    _write_part(folder / "text_encoder" / name, text, dtype)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(v_parameterization=v_parameterization))
+    write_part(folder / "text_encoder" / name, text, dtype)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
     else:
         logger.warning("%s: no tokenizer was at hand; put its files into the folder 'tokenizer'", folder)
-    _write_json(folder / "model_index.json", _model_index(with_tokenizer=tokenizer is not None))
+    index = model_index(scheduler["_class_name"], with_tokenizer=tokenizer is not None)
+    write_json(folder / "model_index.json", index)
 
 
-def _module_config(module: Any) -> dict[str, Any]:
-    config = {k: v for k, v in dict(module.config).items() if k not in ("_name_or_path", "_use_default_values")}
-    return {"_class_name": type(module).__name__, **config}
-
-
-def _model_index(*, with_tokenizer: bool) -> dict[str, Any]:
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+def model_metadata(*, v2: bool, v_parameterization: bool) -> dict[str, Any]:
+    """What saved files say about such a model: base version, architecture, default resolution, prediction type."""
+    architecture = "stable-diffusion-v1"
+    if v2:
+        architecture = "stable-diffusion-v2-768-v" if v_parameterization else "stable-diffusion-v2-512"
+    return {
+        "ss_v2": v2,
+        "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + ("_v" if v_parameterization else ""),
+        "architecture": architecture,
+        "default_resolution": 768 if v2 and v_parameterization else 512,
+        "prediction_type": "v" if v_parameterization else "epsilon",
     }
-    if not with_tokenizer:
-        index["tokenizer"] = [None, None]
-    return index
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _write_part(path: Path, module: nn.Module, dtype: torch.dtype | None) -> None:
-    if is_safetensors(path):
-        save_tensors(path, module.state_dict(), metadata={"format": "pt"}, dtype=dtype)
-    else:
-        state = module.state_dict().items()
-        save_pickle(path, {key: cast(value.detach(), dtype=dtype, device="cpu").clone() for key, value in state})
-
 
 
 # --- names that other programs import --------------------------------------------------------------------------
@@ -436,7 +467,7 @@ def load_models_from_stable_diffusion_checkpoint(
 def save_stable_diffusion_checkpoint(
     v2: bool,
     output_file: str | Path,
-    text_encoder: nn.Module,
+    text_encoder: Any,
     unet: nn.Module,
     ckpt_path: str | Path | None,
     epochs: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Adapter(nn.Module, ABC):
     #: parameters with one of these in their name form LoRA+'s second group
     plus_parameters: tuple[str, ...] = ()
 
-    def __init__(self, lora_name: str, org_module: nn.Module, multiplier: float) -> None:
+    def __init__(self, lora_name: str, org_module: Any, multiplier: float) -> None:
         super().__init__()
         self.lora_name = lora_name
         self.multiplier = multiplier
@@ -49,8 +50,8 @@ class Adapter(nn.Module, ABC):
         self.org_forward = org_module.forward
 
     @property
-    def host(self) -> nn.Module:
-        """The adapted layer."""
+    def host(self) -> Any:
+        """The adapted layer, a Linear or Conv2d or what looks like one."""
         return self._host[0]
 
     def apply_to(self) -> None:

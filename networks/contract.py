@@ -27,6 +27,7 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 BUILT_IN = "networks.lora"
+Network = Any  # an nn.Module with the methods above
 _INSTALL_HINTS = {"lycoris": "pip install lycoris-lora"}
 
 
@@ -43,7 +44,7 @@ class HostModels:
 class NetworkRequest:
     """The user's choices for a network to train; `weights` is the file that ranks are taken from, if any."""
 
-    module: str
+    module: str | None
     dim: int | None = None
     alpha: float | None = 1.0
     dropout: float | None = None
@@ -77,7 +78,7 @@ def training_arguments(request: NetworkRequest) -> dict[str, Any]:
 
 
 # --- creating --------------------------------------------------------------------------------------------------
-def import_network_module(name: str) -> ModuleType:
+def import_network_module(name: str | None) -> ModuleType:
     """The module of `--network_module`. Raises ValueError that says where it was looked for, or what it lacks."""
     if not name:
         raise ValueError(f"--network_module is missing. For LoRA: --network_module {BUILT_IN}")
@@ -108,7 +109,7 @@ def _not_found(name: str) -> str:
     return f"--network_module {name}: no such Python module. Looked in: {', '.join(filter(None, sys.path))}. {advice}."
 
 
-def create(request: NetworkRequest, models: HostModels) -> nn.Module:
+def create(request: NetworkRequest, models: HostModels) -> Network:
     """A network to train. Raises ValueError if the module makes none, FileNotFoundError without the rank file.
 
     With `request.weights` it has the ranks of that file; the weights themselves are loaded after `apply`.
@@ -133,7 +134,7 @@ def create(request: NetworkRequest, models: HostModels) -> nn.Module:
 def create_for_generation(
     module_name: str, path: str | Path, models: HostModels, multiplier: float = 1.0,
     arguments: Mapping[str, str] | None = None,
-) -> tuple[nn.Module, dict[str, Tensor]]:
+) -> tuple[Network, dict[str, Tensor]]:
     """(network, its weights) of a file; load the weights after `apply`, or merge them."""
     _require_file(path, "--network_weights")
     network, weights = import_network_module(module_name).create_network_from_weights(
@@ -144,7 +145,7 @@ def create_for_generation(
 
 def create_from_tensors(
     module_name: str, weights: dict[str, Tensor], models: HostModels, multiplier: float = 1.0
-) -> tuple[nn.Module, dict[str, Tensor]]:
+) -> tuple[Network, dict[str, Tensor]]:
     """(network for generation, its weights) of tensors that are already read."""
     network, weights = import_network_module(module_name).create_network_from_weights(
         multiplier, None, models.vae, models.text_encoder, models.unet, weights, True
@@ -153,7 +154,7 @@ def create_from_tensors(
 
 
 def merge_base_weights(
-    module_name: str, path: str | Path, multiplier: float, models: HostModels,
+    module_name: str | None, path: str | Path, multiplier: float, models: HostModels,
     *, dtype: torch.dtype | None, device: torch.device | str,
 ) -> None:
     """Merge a network file into the model before training (`--base_weights`)."""
@@ -167,7 +168,7 @@ def merge_base_weights(
     network.merge_to(models.text_encoder, models.unet, weights, dtype, device)
 
 
-def _created(network: nn.Module | None, module_name: str, source: Any) -> nn.Module:
+def _created(network: Network | None, module_name: str | None, source: Any) -> Network:
     if network is None:
         raise ValueError(f"--network_module {module_name} made no network from {source}.")
     return network
@@ -179,13 +180,13 @@ def _require_file(path: str | Path, option: str) -> None:
 
 
 # --- attaching -------------------------------------------------------------------------------------------------
-def prepare(network: nn.Module, options: Any) -> None:
+def prepare(network: Network, options: Any) -> None:
     """Give the network a read-only view of all options, if it wants one."""
     if hasattr(network, "prepare_network"):
         network.prepare_network(options)
 
 
-def apply(network: nn.Module, models: HostModels, train_text_encoder: bool, train_unet: bool) -> None:
+def apply(network: Network, models: HostModels, train_text_encoder: bool, train_unet: bool) -> None:
     """Hook the network into the models. Raises ValueError if it has no parameters then."""
     network.apply_to(models.text_encoder, models.unet, train_text_encoder, train_unet)
     if next(network.parameters(), None) is None:
@@ -195,20 +196,20 @@ def apply(network: nn.Module, models: HostModels, train_text_encoder: bool, trai
         )
 
 
-def load_weights(network: nn.Module, path: str | Path) -> Any:
+def load_weights(network: Network, path: str | Path) -> Any:
     """Load `--network_weights` into an applied network; returns the network's own report."""
     _require_file(path, "--network_weights")
     return network.load_weights(str(path))
 
 
-def is_mergeable(network: nn.Module) -> bool:
+def is_mergeable(network: Network) -> bool:
     """Whether the network says that it can be merged into the model; False if it does not say."""
     return bool(network.is_mergeable()) if hasattr(network, "is_mergeable") else False
 
 
 # --- optimizer -------------------------------------------------------------------------------------------------
 def optimizer_groups(
-    network: nn.Module,
+    network: Network,
     text_encoder_lr: float | Sequence[float] | None,
     unet_lr: float | None,
     default_lr: float | None,
@@ -262,7 +263,7 @@ def _default_descriptions(count: int, *, trains_text_encoder: bool) -> list[str]
 
 
 # --- logs ------------------------------------------------------------------------------------------------------
-def reported_norms(network: nn.Module) -> dict[str, float]:
+def reported_norms(network: Network) -> dict[str, float]:
     """Mean norms that the network reports by itself, for the logs; empty if it reports none."""
     if not hasattr(network, "weight_norms"):
         return {}

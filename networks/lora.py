@@ -64,6 +64,7 @@ class LoRAModule(Adapter):
         self.dropouts = dropouts
         self.lora_down, self.lora_up = _make_factors(org_module, lora_dim)
         alpha = float(alpha.detach().float()) if isinstance(alpha, Tensor) else alpha
+        self.alpha: Tensor
         self.register_buffer("alpha", torch.tensor(float(alpha or lora_dim)))
         self.scale = float(alpha or lora_dim) / lora_dim
 
@@ -79,7 +80,7 @@ class LoRAModule(Adapter):
         if drop.neuron is not None:
             hidden = nn.functional.dropout(hidden, p=drop.neuron)
         if drop.rank is not None:
-            hidden = hidden * self._rank_mask(hidden)
+            hidden = hidden * self._rank_mask(hidden, drop.rank)
             scale = scale / (1.0 - drop.rank) if drop.rank < 1.0 else 0.0
         return output + self.lora_up(hidden * scale)
 
@@ -87,9 +88,9 @@ class LoRAModule(Adapter):
         """m * (alpha / r) * up(down(x))."""
         return self.lora_up(self.lora_down(x) * (self.multiplier * self.scale))
 
-    def _rank_mask(self, hidden: Tensor) -> Tensor:
+    def _rank_mask(self, hidden: Tensor, probability: float) -> Tensor:
         """Kept ranks per sample, shaped to broadcast over tokens [B,T,r] or space [B,r,h,w]."""
-        keep = torch.rand((hidden.shape[0], self.lora_dim), device=hidden.device) > self.dropouts.rank
+        keep = torch.rand((hidden.shape[0], self.lora_dim), device=hidden.device) > probability
         if hidden.dim() == 3:
             keep = keep[:, None]
         elif hidden.dim() == 4:
@@ -149,13 +150,13 @@ class LoRAInfModule(LoRAModule):
         return output + self.low_rank_path(x)
 
 
-def _make_factors(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
+def _make_factors(layer: Any, rank: int) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
     """(down, up); down is Kaiming-uniform with a = sqrt(5), up is zero. Draws as many numbers as torch's own layers."""
     if is_conv(layer):
-        down: nn.Module = nn.Conv2d(
+        down: nn.Linear | nn.Conv2d = nn.Conv2d(
             layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False
         )
-        up: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        up: nn.Linear | nn.Conv2d = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
     else:
         down = nn.Linear(layer.in_features, rank, bias=False)
         up = nn.Linear(rank, layer.out_features, bias=False)
@@ -174,11 +175,14 @@ class LoRANetwork(UnetNetwork):
 
     def set_region(self, sub_prompt_index: int, is_last_network: bool, mask: Tensor | None) -> None:
         """Confine a network made for generation to `mask` [H,W] in [0,1] and to one sub-prompt; None undoes it."""
-        if not all(isinstance(adapter, LoRAInfModule) for adapter in self.adapters):
+        if len(self._regional_adapters()) < len(self.adapters):
             raise ValueError("Regions need a network that was created for generation (for_inference=True).")
         self._region = None if mask is None else Region(sub_prompt_index, is_last_network, mask)
-        for adapter in self.adapters:
+        for adapter in self._regional_adapters():
             adapter.region = self._region
+
+    def _regional_adapters(self) -> list[LoRAInfModule]:
+        return [adapter for adapter in self.adapters if isinstance(adapter, LoRAInfModule)]
 
     def set_current_generation(
         self,
@@ -194,7 +198,7 @@ class LoRANetwork(UnetNetwork):
             raise ValueError("set_region() must come before set_current_generation().")
         masks = mask_pyramid(self._region.mask, width, height, ds_ratio)
         generation = Generation(batch_size, num_sub_prompts, masks, shared)
-        for adapter in self.adapters:
+        for adapter in self._regional_adapters():
             adapter.generation = generation
 
 

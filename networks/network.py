@@ -13,8 +13,16 @@ from torch import Tensor, nn
 
 from networks.adapter import Adapter
 from networks.groups import OptimizerGroups, PlusRatios, rates_per_encoder
+from networks.peft_names import to_own_names
 from networks.targets import Target
-from networks.weights_file import check_ranks, check_usable, load_network_file, save_network_file, with_alphas
+from networks.weights_file import (
+    check_ranks,
+    check_shapes,
+    check_usable,
+    load_network_file,
+    save_network_file,
+    with_alphas,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -230,21 +238,28 @@ class AdapterNetwork(nn.Module):
 
     # --- files ---------------------------------------------------------------------------------------------
     def convert_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a file under this network's key names; subclasses translate other programs' names."""
-        return with_alphas(weights)
+        """Tensors of a file under this network's key names, alphas completed; subclasses translate more names."""
+        return with_alphas(to_own_names(weights, self._encoder_prefixes))
 
     def load_weights(self, file: str | Path) -> Any:
         """Load a file's tensors into the adapters and return torch's report of missing and unexpected keys.
 
         Raises FileNotFoundError, or ValueError if nothing in the file fits or ranks differ.
         """
-        weights = self.convert_weights(load_network_file(file))
-        check_usable(weights, self.state_dict().keys(), source=str(file))
-        check_ranks(weights, self._ranks(), source=str(file))
+        weights = self.convert_weights(load_network_file(file, encoder_prefixes=self._encoder_prefixes))
+        self._check(weights, source=str(file))
         return self.load_state_dict(weights, strict=False)
 
+    def _check(self, weights: Mapping[str, Tensor], *, source: str) -> None:
+        """Raises ValueError if nothing fits, or if something has another rank or size."""
+        state = self.state_dict()
+        check_usable(weights, state.keys(), source=source)
+        check_ranks(weights, self._ranks(), source=source)
+        check_shapes(weights, state, source=source)
+
     def _ranks(self) -> dict[str, int]:
-        return {adapter.lora_name: adapter.lora_dim for adapter in self.adapters if hasattr(adapter, "lora_dim")}
+        ranks = {adapter.lora_name: getattr(adapter, "lora_dim", None) for adapter in self.adapters}
+        return {name: rank for name, rank in ranks.items() if rank is not None}
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write all tensors, cast to `dtype` if given; a safetensors file gets the metadata and its hashes."""
@@ -265,8 +280,7 @@ class AdapterNetwork(nn.Module):
     ) -> None:
         """Write the change that `weights_sd` describes into the weights of the model; only modules in it take part."""
         weights = self.convert_weights(weights_sd)
-        check_usable(weights, self.state_dict().keys(), source="weights to merge")
-        check_ranks(weights, self._ranks(), source="weights to merge")
+        self._check(weights, source="weights to merge")
         self.load_state_dict(weights, strict=False)
         in_file = {key.partition(".")[0] for key in weights}
         merged = [adapter for adapter in self.adapters if adapter.lora_name in in_file]

@@ -21,7 +21,7 @@ class Target:
 
     name: str
     path: str
-    layer: nn.Module
+    layer: Any  # an nn.Module that looks like a Linear or a Conv2d
 
     @property
     def is_spatial(self) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from networks.network import (
     RankRule,
     make_adapters,
 )
+from networks.peft_names import to_own_names
 from networks.sdxl_names import convert_diffusers_to_sai_if_needed
 from networks.targets import (
     CLIP_CLASSES,
@@ -158,7 +160,7 @@ class UnetNetwork(AdapterNetwork):
     @classmethod
     def _assemble(
         cls, text_encoder: Any, unet_targets: Sequence[Target], options: UnetOptions,
-        rank_rules: tuple[RankRule, RankRule], module_class: type[Adapter],
+        rank_rules: tuple[RankRule, RankRule], module_class: Callable[..., Adapter],
     ) -> Self:
         """Text encoders first, then the U-Net: initial weights are drawn in this order."""
 
@@ -210,21 +212,26 @@ class UnetNetwork(AdapterNetwork):
             groups.add(adapters, rate, self.settings.plus.for_denoiser, f"unet_block{index}")
 
     def convert_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Completes alphas; for SDXL translates diffusers' block names."""
-        converted = dict(weights)
+        """Our key names with all alphas; for SDXL diffusers' block names are translated too."""
+        converted = super().convert_weights(weights)
         if self.is_sdxl:
             convert_diffusers_to_sai_if_needed(converted)
-        return super().convert_weights(converted)
+        return converted
 
 
 def read_weights(
     file: str | os.PathLike[str] | None, weights_sd: Mapping[str, Tensor] | None, unet: nn.Module
 ) -> dict[str, Tensor]:
-    """A copy of `weights_sd`, or the tensors of `file`, with SDXL names in original naming."""
-    if weights_sd is None and file is None:
+    """A copy of `weights_sd`, or the tensors of `file`, under our key names (SDXL: in original naming)."""
+    is_sdxl = is_sdxl_unet(unet)
+    prefixes = ("lora_te1", "lora_te2") if is_sdxl else ("lora_te",)
+    if weights_sd is not None:
+        weights = to_own_names(weights_sd, prefixes)
+    elif file is not None:
+        weights = load_network_file(Path(file), encoder_prefixes=prefixes)
+    else:
         raise ValueError("Neither a network file nor its tensors were given.")
-    weights = dict(weights_sd) if weights_sd is not None else load_network_file(file)
-    if is_sdxl_unet(unet):
+    if is_sdxl:
         convert_diffusers_to_sai_if_needed(weights)
     return weights
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from library.checkpoints.tensors import is_safetensors, load_tensors, save_pickle, save_tensors
+from library.checkpoints.tensors import is_safetensors, load_tensors, read_metadata, save_pickle, save_tensors
 from library.hashes import sshs_hashes
+from networks.peft_names import PeftSettings, has_other_names, settings_in, to_own_names
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,27 @@ def _for_file(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return copy.clone() if copy.data_ptr() == value.data_ptr() else copy
 
 
-def load_network_file(path: str | Path, *, option: str = "--network_weights") -> dict[str, Tensor]:
-    """All tensors of a network file. Raises FileNotFoundError that names the option."""
+def load_network_file(
+    path: str | Path, *, encoder_prefixes: Sequence[str] = ("lora_te",), option: str = "--network_weights"
+) -> dict[str, Tensor]:
+    """All tensors of a network file. Raises FileNotFoundError that names the option.
+
+    Files in the naming of diffusers or PEFT get our names (`encoder_prefixes`: ours of the model's text encoders) and
+    the strengths of their settings, which stand in the metadata or in `adapter_config.json` beside the file.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{option}: {path} does not exist.")
-    return load_tensors(path)
+    weights = load_tensors(path)
+    if not has_other_names(weights):
+        return weights
+    return to_own_names(weights, encoder_prefixes, _peft_settings(Path(path)))
+
+
+def _peft_settings(path: Path) -> dict[str, PeftSettings]:
+    config = path.with_name("adapter_config.json")
+    if path.stem == "adapter_model" and config.is_file():
+        return {"": PeftSettings.read(json.loads(config.read_text(encoding="utf-8")))}
+    return settings_in(read_metadata(path))
 
 
 def ranks_and_alphas(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
@@ -90,6 +108,18 @@ def check_usable(weights: Mapping[str, Any], expected: Collection[str], *, sourc
         "%s: %d tensors of %d modules are not used%s, for example %s",
         source, len(unused), len(modules), reason, ", ".join(modules[:5]),
     )  # fmt: skip
+
+
+def check_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str) -> None:
+    """ValueError that names the first tensor with another size than the network's; ranks must agree already."""
+    wrong = [key for key, value in weights.items() if key in expected and value.numel() != expected[key].numel()]
+    if wrong:
+        key = wrong[0]
+        raise ValueError(
+            f"{source}: {len(wrong)} tensors do not fit the layers of this model, for example {key}: "
+            f"{list(weights[key].shape)} in the file, {list(expected[key].shape)} needed. Is it for another model "
+            "(version)?"
+        )
 
 
 def check_ranks(weights: Mapping[str, Tensor], ranks: Mapping[str, int], *, source: str) -> None:

@@ -1,10 +1,16 @@
-"""Diffusers folders on disk: where a component's weights and settings are, and hub names as local folders."""
+"""Diffusers folders on disk: a component's weights and settings, read and written; hub names as local folders."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
+
+from library.checkpoints.tensors import atomic_write, cast, is_safetensors, save_pickle, save_tensors
 
 _PICKLE_STEMS = {"model": "pytorch_model"}
 
@@ -37,29 +43,33 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def hub_patterns(suffix: str) -> tuple[list[str], list[str]]:
+def hub_patterns(suffix: str, variant: str | None = None) -> tuple[list[str], list[str]]:
     """(wanted, unwanted) file patterns of a hub model: settings, tokenizers, and weights with this suffix.
 
-    Single-file checkpoints at the root, half-precision copies and parts that are never used are left out.
+    Single-file checkpoints at the root, half-precision copies (unless they are the `variant` that is asked for) and
+    parts that are never used are left out.
     """
     weights = [f"{stem}*{suffix}" for stem in ("diffusion_pytorch_model", "*/diffusion_pytorch_model")]
     weights += [f"text_encoder*/{stem}*{suffix}" for stem in ("model", "pytorch_model")]
-    unwanted = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "*.fp16*", "*non_ema*"]
+    unwanted = ["safety_checker/*", "feature_extractor/*", "image_encoder/*"]
+    unwanted += [f"*.{name}*" for name in ("fp16", "non_ema") if name != variant]
     return [*weights, "*.json", "tokenizer*/*"], unwanted
 
 
-def hub_folder(name: str, *, option: str) -> Path:
+def hub_folder(name: str, *, option: str, variant: str | None = None, with_weights: bool = True) -> Path:
     """A hub model's local folder, downloaded unless it is in the cache; pickles only where there is nothing else.
 
-    Raises FileNotFoundError with the reason.
+    Without weights only settings and tokenizers are fetched. Raises FileNotFoundError with the reason.
     """
     from huggingface_hub import snapshot_download
 
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise FileNotFoundError(f"{option} {name}: no such file or folder.")
     try:
+        if not with_weights:
+            return Path(snapshot_download(name, allow_patterns=["*.json", "tokenizer*/*"]))
         for suffix in (".safetensors", ".bin"):
-            wanted, unwanted = hub_patterns(suffix)
+            wanted, unwanted = hub_patterns(suffix, variant)
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
             if any(folder.rglob(f"diffusion_pytorch_model*{suffix}")):
                 break
@@ -70,3 +80,44 @@ def hub_folder(name: str, *, option: str) -> Path:
             f"{option} {name}: no such file or folder, and it could not be fetched from huggingface.co "
             f"({type(error).__name__}: {reason[0] if reason else 'no message'})."
         ) from error
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+def module_config(module: Any) -> dict[str, Any]:
+    """The config.json of a diffusers module, without what tells where it came from."""
+    config = {k: v for k, v in dict(module.config).items() if k not in ("_name_or_path", "_use_default_values")}
+    return {"_class_name": type(module).__name__, **config}
+
+
+def model_index(scheduler_class: str, *, with_tokenizer: bool) -> dict[str, Any]:
+    """The model_index.json of a Stable Diffusion pipeline without safety checker."""
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler_class],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if not with_tokenizer:
+        index["tokenizer"] = [None, None]
+    return index
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a settings file atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_part(path: Path, module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Writes the weights of one component, safetensors or pickle by the extension; floating ones cast to `dtype`."""
+    if is_safetensors(path):
+        save_tensors(path, module.state_dict(), metadata={"format": "pt"}, dtype=dtype)
+    else:
+        state = module.state_dict().items()
+        save_pickle(path, {key: cast(value.detach(), dtype=dtype, device="cpu").clone() for key, value in state})

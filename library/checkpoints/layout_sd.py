@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 VAE_PREFIX = "first_stage_model."
 SD1_TEXT_PREFIX = "cond_stage_model.transformer."
 SD2_TEXT_PREFIX = "cond_stage_model.model."
+COMPONENT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, SD1_TEXT_PREFIX, SD2_TEXT_PREFIX)
 _SD1_TEXT_ROOTS = ("embeddings.", "encoder.", "final_layer_norm.")
 
 

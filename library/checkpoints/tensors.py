@@ -80,7 +80,7 @@ class SafetensorsFile(LazyTensors):
         buffer = torch.empty(end - begin, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._data_start + begin)
-            view = memoryview(buffer.numpy())
+            view = buffer.numpy().data
             while view:
                 count = file.readinto(view)
                 if not count:
@@ -348,7 +348,7 @@ def save_tensors(
         for key in order:
             flat = tensors[key].detach().to(device="cpu", dtype=dtypes[key]).contiguous().reshape(-1)
             if flat.numel():
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _text_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from library.sampling_spec import SamplingSpec
 if TYPE_CHECKING:
     from library.objectives import Objective
     from library.options import Options
+    from library.text.clip import PromptStyle
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,16 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def encode_prompts(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str], *, clip_skip: int | None = None
+        self, prompts: Sequence[str], negative_prompts: Sequence[str], *, clip_skip: int | None = None,
+        style: PromptStyle | None = None,
     ) -> tuple[Conditioning, Conditioning]:
         """(positive, negative) conditioning of equal length for generation, with weights and long prompts."""
 
     # --- latents -------------------------------------------------------------------------------------------
     @abstractmethod
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """[B,3,H,W] in [-1,1] -> a posterior sample [B,C,h,w] as it is cached (`latent.normalize` makes it model
-        input unless `latent.cache_is_scaled`). Draws from torch's global generator."""
+        input unless `latent.cache_is_scaled`). Draws from torch's global generator if none is given."""
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:

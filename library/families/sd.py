@@ -37,6 +37,10 @@ class StableDiffusion(ModelFamily):
     """SD 1.x, or with `--v2` SD 2.x. Conditioning: {"context": [B,S,d]}."""
 
     latent = LatentSpec(4, 8, 64, 0.18215, 0.0, "_sd.npz")
+    denoiser: Any  # UNet2DConditionModel
+    vae: Any  # AutoencoderKL
+    text_encoders: list[Any]  # one ClipTextEncoder, or None
+    model_option = "--pretrained_model_name_or_path"  # the script's option for the model, in messages
 
     # --- loading -------------------------------------------------------------------------------------------
     def __init__(self, options: Options) -> None:
@@ -65,15 +69,24 @@ class StableDiffusion(ModelFamily):
         self.modules = load_model(
             LoadSpec(
                 path=str(model.pretrained_model_name_or_path), v2=self.v2, dtype=weight_dtype, vae_dtype=vae_dtype,
-                device=device, vae=model.vae,
+                device=device, vae=model.vae, option=self.model_option,
             )
         )  # fmt: skip
         self.denoiser = self.modules.unet
+        self._check_input_channels()
         self.vae = self.modules.vae
-        self.text_encoders: list[nn.Module | None] = [self.modules.text_encoder]
+        self.text_encoders = [self.modules.text_encoder]
         self.tokenizer.check_fits(self.text_encoder, str(self.modules.source))
         self._warn_about_prediction_type()
         set_attention(self.denoiser, self.vae, attention_kind(self.options))
+
+    def _check_input_channels(self) -> None:
+        found = self.denoiser.config.in_channels
+        if found != self.latent.channels:
+            raise ValueError(
+                f"{self.model_option} {self.modules.source}: the U-Net has {found} input channels (an inpainting or "
+                f"upscaling model?); only models with {self.latent.channels} work here."
+            )
 
     def _warn(self) -> None:
         model = self.options.model
@@ -146,9 +159,10 @@ class StableDiffusion(ModelFamily):
         negative_prompts: Sequence[str],
         *,
         clip_skip: int | None = None,
-        style: PromptStyle = PromptStyle(),  # noqa: B008 (a frozen value)
+        style: PromptStyle | None = None,
     ) -> tuple[Conditioning, Conditioning]:
         """(positive, negative) contexts [B,77n,d], n windows for the longest prompt of both lists."""
+        style = style or PromptStyle()
         ids, weights = clip.tokenize_prompts(self.tokenizer, [*prompts, *negative_prompts], style)
         clip_skip = clip_skip or self.options.model.clip_skip
         context = clip.encode_prompts(self.text_encoder, ids, weights, clip_skip=clip_skip, emphasis=style.emphasis)
@@ -156,14 +170,14 @@ class StableDiffusion(ModelFamily):
         return Conditioning({"context": positive}), Conditioning({"context": negative})
 
     # --- latents -------------------------------------------------------------------------------------------
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """[B,3,H,W] in [-1,1] -> an unscaled posterior sample [B,4,H/8,W/8] in the VAE's dtype.
 
         A VAE that overflows in half precision gives NaN; the caller decides what that means.
         """
         images = images.to(device=self.vae.device, dtype=self.vae.dtype)
         with torch.autocast(images.device.type, enabled=False):
-            return self.vae.encode(images).latent_dist.sample()
+            return self.vae.encode(images).latent_dist.sample(generator)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Model latents [B,4,h,w] -> images [B,3,8h,8w] around [-1,1] in the VAE's dtype."""
@@ -233,32 +247,24 @@ class StableDiffusion(ModelFamily):
 
         `counters` = (epochs, steps) of this run; only pickles hold them.
         """
-        from library.model_util import save_checkpoint, save_diffusers_folder
+        from library.model_util import save_checkpoint, save_diffusers_folder, scheduler_config
 
         if layout in ("safetensors", "ckpt"):
             save_checkpoint(path, self.modules, v2=self.v2, dtype=dtype, metadata=metadata, counters=counters)
         elif layout in ("diffusers", "diffusers_safetensors"):
+            scheduler = scheduler_config(v_parameterization=self.options.model.v_parameterization)
             save_diffusers_folder(
-                path, self.modules, v_parameterization=self.options.model.v_parameterization, dtype=dtype,
-                tokenizer=self.tokenizer, use_safetensors=layout == "diffusers_safetensors",
+                path, self.modules, scheduler=scheduler, dtype=dtype, tokenizer=self.tokenizer,
+                use_safetensors=layout == "diffusers_safetensors",
             )  # fmt: skip
         else:
             raise ValueError(f"layout {layout!r}: allowed are safetensors, ckpt, diffusers, diffusers_safetensors.")
 
     def model_metadata(self) -> dict[str, Any]:
         """Base version, architecture, default resolution and prediction type."""
-        velocity = self.options.model.v_parameterization
-        if self.v2:
-            architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
-        else:
-            architecture = "stable-diffusion-v1"
-        return {
-            "ss_v2": self.v2,
-            "ss_base_model_version": ("sd_v2" if self.v2 else "sd_v1") + ("_v" if velocity else ""),
-            "architecture": architecture,
-            "default_resolution": 768 if self.v2 and velocity else 512,
-            "prediction_type": "v" if velocity else "epsilon",
-        }
+        from library.model_util import model_metadata
+
+        return model_metadata(v2=self.v2, v_parameterization=self.options.model.v_parameterization)
 
 
 def _xformers_problems() -> list[str]:

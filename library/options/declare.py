@@ -45,13 +45,18 @@ class OptionSpec:
     default: Any
     help: str
     choices: tuple[Any, ...] | None = None
-    nargs: str | None = None
+    nargs: str | int | None = None
     flags: tuple[str, ...] = ()
     convert: Callable[[Any], Any] | None = None  # text, number or list of a TOML file -> the option's final value
+    required: bool = False  # of tools only; scripts check what is missing together with everything else
 
     @property
     def is_flag(self) -> bool:
         return self.type_name == "flag"
+
+    @property
+    def is_positional(self) -> bool:
+        return not self.flags
 
     def read(self, text: str) -> Any:
         """One word of the command line -> value (before `convert`). Raises ValueError that says what is wanted."""
@@ -115,12 +120,20 @@ def option(
     *,
     type: str = "str",  # noqa: A002 - argparse's word
     choices: tuple[Any, ...] | None = None,
-    nargs: str | None = None,
+    nargs: str | int | None = None,
     convert: Callable[[Any], Any] | None = None,
+    required: bool = False,
 ) -> Any:
     """A dataclass field for an option that takes a value; `type` is a key of READERS."""
-    details = {"type_name": type, "help": help, "choices": choices, "nargs": nargs, "convert": convert}
+    details = {
+        "type_name": type, "help": help, "choices": choices, "nargs": nargs, "convert": convert, "required": required,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata={"option": details})
+
+
+def positional(help: str, *, type: str = "str") -> Any:  # noqa: A002 - argparse's word
+    """A dataclass field for a word that a tool's command line must have, without `--`, in the order of the fields."""
+    return dataclasses.field(default="", metadata={"option": {"type_name": type, "help": help, "flags": ()}})
 
 
 def flag(help: str) -> Any:
@@ -131,7 +144,9 @@ def flag(help: str) -> Any:
 def specs_of(group: type) -> tuple[OptionSpec, ...]:
     """The options that a group class declares, in order."""
     return tuple(
-        OptionSpec(name=field.name, default=field.default, flags=(f"--{field.name}",), **field.metadata["option"])
+        OptionSpec(**{
+            "name": field.name, "default": field.default, "flags": (f"--{field.name}",), **field.metadata["option"],
+        })
         for field in dataclasses.fields(group)
         if "option" in field.metadata
-    )
+    )  # fmt: skip
