@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -13,9 +14,12 @@ from torch import Generator, Tensor, nn
 
 from library.families.base import Conditioning, ModelFamily, SizeConditioning
 from library.generation.guidance import combine
+from library.generation.hooks import Drawing, HookFactory, KeepOutsideMask, StepHook, run_hooks, state_of_call
+from library.generation.pictures import load_mask, load_picture
 from library.generation.request import ImageRequest, batches
-from library.generation.samplers import Sampler, make_sampler
+from library.generation.samplers import SAMPLERS, Start, make_sampler, start_from_image
 from library.sampling_spec import SamplingSpec
+from library.text.clip import PromptStyle
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +27,22 @@ logger = logging.getLogger(__name__)
 Predict = Callable[[Tensor, Tensor, Conditioning, SizeConditioning], Tensor]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class DrawSettings:
+    """How all images of a run are drawn.
+
+    `predict_for` replaces `family.predict` (ControlNet). `style` says how prompts are read (None: the family's own
+    way). `hooks` are asked for a step hook once per batch. `vae_batch_size` images are decoded together.
+    """
+
+    predict_for: Callable[[ImageRequest], Predict] | None = None
+    style: PromptStyle | None = None
+    hooks: Sequence[HookFactory] = ()
+    vae_batch_size: int = 1
+    zero_steps_offset: bool = False
+    show_progress: bool = False
+
+
 def draw(
     family: ModelFamily,
     requests: ImageRequest | Sequence[ImageRequest],
@@ -31,60 +50,123 @@ def draw(
     device: torch.device | str,
     dtype: torch.dtype,
     batch_size: int = 1,
-    predict_for: Callable[[ImageRequest], Predict] | None = None,
+    settings: DrawSettings = DrawSettings(),  # noqa: B008 (a frozen value)
 ) -> list[Image.Image]:
     """One RGB image per request, in order; equal neighbours share a batch of at most `batch_size`.
 
-    An image depends on its own request and not on its place in a batch: all its noise comes from one generator
-    seeded with its seed, on `device` in `dtype`. `dtype` is what the denoiser gets; the state between steps is
-    float32. `predict_for` replaces `family.predict` (ControlNet). Text encoders and VAE are moved to `device` while
-    they are used; the denoiser must be there. Raises ValueError for what the model or the sampler cannot do.
+    An image depends on its own request and not on its place in a batch: all its noise comes from generators seeded
+    with its seed, on `device` in `dtype`. `dtype` is what the denoiser gets; the state between steps is float32.
+    Text encoders and VAE are moved to `device` while they are used; the denoiser must be there.
+    Raises ValueError for what the model or the sampler cannot do, ImageError for pictures that cannot be read.
     """
     requests = [requests] if isinstance(requests, ImageRequest) else list(requests)
-    device = torch.device(device)
-    spec = family.sampling_spec()
     images: list[Image.Image] = []
-    with evaluation_mode([family.denoiser, family.vae, *family.text_encoders]):
-        for batch in batches(requests, batch_size):
-            predict = family.predict if predict_for is None else predict_for(batch[0])
-            latents = _denoise(family, batch, spec, predict, device=device, dtype=dtype)
-            images += _decode(family, latents)
+    for batch in batches(requests, batch_size):
+        images += to_pil(draw_batch(family, batch, device=device, dtype=dtype, settings=settings))
     return images
 
 
+@torch.no_grad()
+def draw_batch(
+    family: ModelFamily,
+    batch: list[ImageRequest],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    settings: DrawSettings = DrawSettings(),  # noqa: B008 (a frozen value)
+) -> Tensor:
+    """The images of requests with equal `batch_key`: float32 [B,3,H,W] around [-1,1]. See `draw`."""
+    with evaluation_mode([family.denoiser, family.vae, *family.text_encoders]):
+        latents = _denoise(family, batch, settings, device=torch.device(device), dtype=dtype)
+        return _decode(family, latents, settings.vae_batch_size)
+
+
 def _denoise(
-    family: ModelFamily, batch: list[ImageRequest], spec: SamplingSpec, predict: Predict,
-    *, device: torch.device, dtype: torch.dtype,
+    family: ModelFamily, batch: list[ImageRequest], settings: DrawSettings, *, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Model latents float32 [B,C,h,w] of one batch."""
-    request = batch[0]
+    request, spec = batch[0], family.sampling_spec()
     _check_size(request, family.latent.downsample)
     latent_hw = request.height // family.latent.downsample, request.width // family.latent.downsample
+    noises = [
+        ImageNoise(request, (1, family.latent.channels, *latent_hw), spec, device=device, dtype=dtype)
+        for request in batch
+    ]
+    start = _start(request, spec, settings)
+    latents = None if request.init_image is None else _encode_pictures(family, batch, noises, device)
+    if latents is not None and start.first_step >= request.steps:
+        return latents
     sampler = make_sampler(
-        request.sampler, spec, request.steps, latent_hw, flow_shift=request.flow_shift, device=device
+        request.sampler, spec, request.steps, latent_hw, flow_shift=request.flow_shift, device=device, start=start
     )
-    conditioning, sizes = _guidance_rows(family, batch, spec, device)
-    generators = [_generator(request.seed, device, spec) for request in batch]
-    shape = (1, family.latent.channels, *latent_hw)
-    noise_dtype = torch.float32 if spec.noise_on_cpu else dtype
-    noise = [torch.randn(shape, generator=g, device=g.device, dtype=noise_dtype) for g in generators]
-    x = torch.cat(noise).to(device, torch.float32) * sampler.initial_sigma
-    return _sample(sampler, x, conditioning, sizes, predict, request, generators, dtype)
+    start_noise = torch.cat([noise.start for noise in noises])
+    masks: list[StepHook] = []
+    if latents is None:
+        x = start_noise * sampler.initial_sigma
+    else:
+        noise = torch.cat([noise.for_picture for noise in noises])
+        x = sampler.noised(latents, noise, start.noise_step)
+        if request.mask_image is not None:
+            masks.append(KeepOutsideMask(latents, noise, _kept(batch, latent_hw, device)))
+    predict = family.predict if settings.predict_for is None else settings.predict_for(request)
+    conditioning, sizes = _guidance_rows(family, batch, spec, settings.style, device)
+    drawing = Drawing(
+        family, batch, sampler, conditioning, sizes, predict, [noise.of_sampler for noise in noises], dtype
+    )
+    hooks = [hook for hook in (factory(drawing) for factory in settings.hooks) if hook is not None]
+    return _sample(drawing, x, hooks + masks, show_progress=settings.show_progress)
 
 
-def _sample(
-    sampler: Sampler, x: Tensor, conditioning: Conditioning, sizes: SizeConditioning, predict: Predict,
-    request: ImageRequest, generators: list[Generator], dtype: torch.dtype,
-) -> Tensor:
-    """Run `sampler` from the scaled noise x [B,C,h,w] to the end."""
-    rows = len(sizes.target_hw)
-    for index, timestep in enumerate(sampler.timesteps):
-        x_t = sampler.model_input(x, index).to(dtype)
+def _sample(drawing: Drawing, x: Tensor, hooks: Sequence[StepHook], *, show_progress: bool) -> Tensor:
+    """Run the sampler from its first noisy state x [B,C,h,w] to the end."""
+    from tqdm import tqdm
+
+    request, sampler = drawing.requests[0], drawing.sampler
+    rows = len(drawing.sizes.target_hw)
+    for call, timestep in enumerate(tqdm(sampler.timesteps, desc="steps", disable=not show_progress, leave=False)):
+        state = run_hooks(hooks, state_of_call(drawing, call, x))
+        x_t = sampler.model_input(state.x, call).to(drawing.dtype)
         timesteps = torch.full((rows,), timestep, dtype=torch.float32, device=x.device)
-        raw = predict(torch.cat([x_t] * (rows // len(x))), timesteps, conditioning, sizes).float()
+        x_t = torch.cat([x_t] * (rows // len(x_t)))
+        raw = drawing.predict(x_t, timesteps, drawing.conditioning, drawing.sizes).float()
         prediction = combine(raw, request.scale, request.negative_scale)
-        x = sampler.step(prediction, x, index, generators).float()
+        state = run_hooks(hooks, replace(state, moment="predicted", prediction=prediction))
+        prediction = prediction if state.prediction is None else state.prediction
+        x = sampler.step(prediction, state.x, call, drawing.generators).float()
+        x = run_hooks(hooks, replace(state, moment="after", x=x)).x
     return x
+
+
+# --- noise ----------------------------------------------------------------------------------------------------
+
+
+class ImageNoise:
+    """All noise of one image, from one stream seeded with its seed.
+
+    The order of the stream is: start noise, noise of all steps, noise for the picture to start from, noise of the
+    VAE's encoder. `of_sampler` is a generator at the place of the steps' noise.
+    """
+
+    def __init__(
+        self, request: ImageRequest, shape: tuple[int, int, int, int], spec: SamplingSpec,
+        *, device: torch.device, dtype: torch.dtype,
+    ) -> None:
+        noise_dtype = torch.float32 if spec.noise_on_cpu else dtype
+
+        def drawn(generator: Generator) -> Tensor:
+            noise = torch.randn(shape, generator=generator, device=generator.device, dtype=noise_dtype)
+            return noise.to(device, torch.float32)
+
+        generator = _generator(request.seed, device, spec)
+        self.start = drawn(generator)
+        self.of_sampler = Generator(generator.device)
+        self.of_sampler.set_state(generator.get_state())
+        if request.init_image is not None:
+            per_step = SAMPLERS[request.sampler].noises_per_step if spec.betas is not None else 0
+            for _ in range(request.steps * per_step):  # as the sampler draws it
+                torch.randn(shape, generator=generator, device=generator.device)
+            self.for_picture = drawn(generator)
+        self.of_encoder = generator
 
 
 def _check_size(request: ImageRequest, multiple: int) -> None:
@@ -98,11 +180,45 @@ def _generator(seed: int | None, device: torch.device, spec: SamplingSpec) -> Ge
     return Generator(place).manual_seed(random.SystemRandom().randrange(2**32) if seed is None else seed)
 
 
+def _start(request: ImageRequest, spec: SamplingSpec, settings: DrawSettings) -> Start:
+    """Where denoising begins."""
+    zero_offset = settings.zero_steps_offset
+    if request.init_image is None:
+        return Start(zero_offset=zero_offset)
+    if request.strength is None or not 0 <= request.strength <= 1:
+        raise ValueError(f"strength {request.strength}: an image to start from needs a strength from 0 to 1")
+    zero_offset = zero_offset or spec.betas is None
+    return start_from_image(request.sampler, request.steps, request.strength, zero_offset=zero_offset)
+
+
+def _encode_pictures(
+    family: ModelFamily, batch: list[ImageRequest], noises: list[ImageNoise], device: torch.device
+) -> Tensor:
+    """Model latents float32 [B,C,h,w] of the pictures to start from; each is a posterior sample of its own."""
+    encoded = []
+    paths = [request.init_image for request in batch if request.init_image is not None]
+    with on_device([family.vae], device):
+        for path, noise in zip(paths, noises, strict=True):
+            picture = load_picture(path, (batch[0].width, batch[0].height)).to(device)
+            encoded.append(family.encode_images(picture, noise.of_encoder).float())
+    latents = torch.cat(encoded)
+    if not latents.isfinite().all():
+        raise ValueError("The VAE gave NaN or infinite latents for an image to start from; use --no_half_vae.")
+    return latents if family.latent.cache_is_scaled else family.latent.normalize(latents)
+
+
+def _kept(batch: list[ImageRequest], latent_hw: tuple[int, int], device: torch.device) -> Tensor:
+    """Where the pictures are kept: float32 [B,1,h,w], 1 outside the white of the masks."""
+    size = batch[0].width, batch[0].height
+    masks = [load_mask(request.mask_image, size, latent_hw) for request in batch if request.mask_image is not None]
+    return 1 - torch.cat(masks).to(device)
+
+
 # --- what is predicted ----------------------------------------------------------------------------------------
 
 
 def _guidance_rows(
-    family: ModelFamily, batch: list[ImageRequest], spec: SamplingSpec, device: torch.device
+    family: ModelFamily, batch: list[ImageRequest], spec: SamplingSpec, style: PromptStyle | None, device: torch.device
 ) -> tuple[Conditioning, SizeConditioning]:
     """Conditioning and sizes of all rows of a batch, in the order that `guidance.combine` expects."""
     request = batch[0]
@@ -112,7 +228,7 @@ def _guidance_rows(
     if needs_empty:  # encoded together, so that all parts have one length
         prompts, negatives = prompts * 2, negatives + [""] * len(batch)
     with on_device(family.text_encoders, device):
-        positive, negative = family.encode_prompts(prompts, negatives, clip_skip=request.clip_skip)
+        positive, negative = family.encode_prompts(prompts, negatives, clip_skip=request.clip_skip, style=style)
     here = slice(0, len(batch))
     parts, size_parts = [_rows(positive, here)], [_sizes(batch, device, is_negative=False)]
     if request.uses_guidance:
@@ -148,15 +264,15 @@ def _sizes(batch: list[ImageRequest], device: torch.device, *, is_negative: bool
 # --- pixels and modules ---------------------------------------------------------------------------------------
 
 
-def _decode(family: ModelFamily, latents: Tensor) -> list[Image.Image]:
-    """Model latents [B,C,h,w] -> B images, one VAE call each, in the VAE's own dtype without autocast."""
+def _decode(family: ModelFamily, latents: Tensor, vae_batch_size: int) -> Tensor:
+    """Model latents [B,C,h,w] -> pixels float32 [B,3,H,W], in the VAE's own dtype without autocast."""
     parameter = next(family.vae.parameters(), None)
     dtype = latents.dtype if parameter is None else parameter.dtype
     with on_device([family.vae], latents.device), torch.autocast(latents.device.type, enabled=False):
-        pixels = torch.cat([family.decode_latents(row).float() for row in latents.to(dtype).split(1)])
+        pixels = torch.cat([family.decode_latents(rows).float() for rows in latents.to(dtype).split(vae_batch_size)])
     if not pixels.isfinite().all():
         logger.warning("The VAE gave NaN or infinite pixels (black in the image); --no_half_vae may help.")
-    return to_pil(pixels.nan_to_num(nan=-1.0))
+    return pixels.nan_to_num(nan=-1.0)
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

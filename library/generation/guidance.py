@@ -25,5 +25,7 @@ def combine(predictions: Tensor, scale: float, negative_scale: float | None) -> 
     if scale <= 1.0:
         return predictions
     if negative_scale is None:
-        return classifier_free_guidance(*predictions.chunk(2), scale)
-    return negative_scale_guidance(*predictions.chunk(3), scale, negative_scale)
+        unconditional, conditional = predictions.chunk(2)
+        return classifier_free_guidance(unconditional, conditional, scale)
+    negative, conditional, empty = predictions.chunk(3)
+    return negative_scale_guidance(negative, conditional, empty, scale, negative_scale)

@@ -69,7 +69,8 @@ class PromptEntry:
         return ImageRequest(**fields).fitted(defaults.size_multiple), tuple(f"{self.source}: {w}" for w in warnings)
 
     def _checked(self, key: str, value: Any, types: tuple[type, ...]) -> Any:
-        if isinstance(value, bool) or not isinstance(value, types):
+        is_of_type = isinstance(value, types) and not isinstance(value, bool)
+        if not is_of_type:
             wanted = " or ".join(kind.__name__ for kind in types)
             raise ValueError(f"{self.source}: '{key}' is {value!r}, it must be {wanted}")
         if key == "flow_shift":
@@ -113,7 +114,7 @@ def _text_entries(path: Path, text: str) -> list[PromptEntry]:
 def _toml_entries(path: Path, text: str) -> list[PromptEntry]:
     table = tomllib.loads(text).get("prompt")
     subsets = table.get("subset") if isinstance(table, dict) else None
-    if not isinstance(subsets, list) or not subsets:
+    if not isinstance(table, dict) or not isinstance(subsets, list) or not subsets:
         raise ValueError(f"{path}: a table [prompt] with at least one [[prompt.subset]] is needed")
     common = {key: value for key, value in table.items() if key != "subset"}
     return [PromptEntry(i, f"{path}, prompt.subset[{i}]", {**common, **subset}) for i, subset in enumerate(subsets)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from library.families.base import ModelFamily
-from library.generation.engine import Predict, draw
+from library.generation.engine import DrawSettings, Predict, draw
 from library.generation.prompt_file import PromptEntry, check_prompt_file, read_prompt_file
 from library.generation.request import ImageRequest
 from library.generation.samplers import check_sampler
@@ -78,7 +78,7 @@ class TrainingSampler:
             raise ValueError("\n".join(problems))
         self._options = options
         self._accelerator = accelerator
-        self._predict_for = predict_for
+        self._settings = DrawSettings(predict_for=predict_for)
         self._warned: set[str] = set()
 
     def draw(self, family: ModelFamily, *, epoch: int | None, step: int) -> list[Path]:
@@ -111,7 +111,7 @@ class TrainingSampler:
             request = replace(request, clip_skip=options.model.clip_skip)
             [image] = draw(
                 family, request, device=self._accelerator.device,
-                dtype=_DTYPES[options.device.mixed_precision or "no"], predict_for=self._predict_for,
+                dtype=_DTYPES[options.device.mixed_precision or "no"], settings=self._settings,
             )
             path = self._path(entry.index, request.seed, epoch=epoch, step=step)
             path.parent.mkdir(parents=True, exist_ok=True)

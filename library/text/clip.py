@@ -7,13 +7,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.text import prompt_weights
 from library.text.chunking import CHUNK, WINDOW, SpecialIds, chunk_count, chunk_ids, join, splice
+
+if TYPE_CHECKING:
+    from library.models.text_encoders import ClipTextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +74,8 @@ class ClipTokenizer:
                 logger.warning("%d tokens are cut to %d: %s", len(ids), chunks * CHUNK, caption)
         rows = [chunk_ids(ids, self.special, chunks) for ids, _ in encoded]
         weights = [prompt_weights.chunk_weights(values, chunks) for _, values in encoded]
-        ids = torch.tensor(rows, dtype=torch.int64).reshape(len(captions), chunks, WINDOW)
-        return ids, prompt_weights.weight_tensor(weights)
+        windows = torch.tensor(rows, dtype=torch.int64).reshape(len(captions), chunks, WINDOW)
+        return windows, prompt_weights.weight_tensor(weights)
 
     def add_token(self, token: str) -> int:
         """Adds one token and returns its id. Raises ValueError if the vocabulary has it already."""
@@ -80,7 +83,7 @@ class ClipTokenizer:
             raise ValueError(f"the tokenizer already knows {token!r}; choose another --token_string.")
         return self.tokenizer.convert_tokens_to_ids(token)
 
-    def check_fits(self, encoder: nn.Module, model_source: str) -> None:
+    def check_fits(self, encoder: ClipTextEncoder, model_source: str) -> None:
         """Raises ValueError if an id of this tokenizer has no row in the encoder's token table."""
         rows = encoder.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > rows or max(self.special.start, self.special.end, self.special.pad) >= rows:
@@ -100,13 +103,17 @@ class ClipTokenizer:
 
 
 def load_tokenizer(
-    source: TokenizerSource, *, model_path: str | Path | None = None, cache_dir: str | Path | None = None
+    source: TokenizerSource,
+    *,
+    model_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    with_download: bool = True,
 ) -> ClipTokenizer:
     """The tokenizer of a model.
 
     Looked for in: `tokenizer/` in the model folder or beside the checkpoint; `cache_dir/<hub id with / as _>`; the
-    local hub cache; the hub (then saved to `cache_dir`); the vocabulary inside an installed open_clip_torch.
-    Raises FileNotFoundError that lists the places.
+    local hub cache; the hub (then saved to `cache_dir`), unless without download; the vocabulary inside an installed
+    open_clip_torch. Raises FileNotFoundError that lists the places.
     """
     cached = Path(cache_dir) / source.hub_id.replace("/", "_") if cache_dir else None
     tried: list[str] = []
@@ -116,7 +123,7 @@ def load_tokenizer(
         if _has_vocabulary(folder):
             return _from_folder(folder, source, name=str(folder))
         tried.append(str(folder))
-    for local_only in (True, False):
+    for local_only in (True, False) if with_download else (True,):
         try:
             found = _from_folder(_hub_folder(source, local_only=local_only), source, name=source.hub_id)
         except Exception as error:
@@ -200,7 +207,7 @@ def vocabulary_of(merges: Sequence[str]) -> dict[str, int]:
 
 
 # --- encoding --------------------------------------------------------------------------------------------------
-def encode_windows(encoder: nn.Module, input_ids: Tensor, *, clip_skip: int | None = None) -> Tensor:
+def encode_windows(encoder: ClipTextEncoder, input_ids: Tensor, *, clip_skip: int | None = None) -> Tensor:
     """Ids [B,n,77] -> hidden states [B*n,77,d] after the final norm.
 
     `clip_skip` k takes the k-th layer output from the end (1 = the last, as without it). Differentiable.
@@ -215,7 +222,7 @@ def encode_windows(encoder: nn.Module, input_ids: Tensor, *, clip_skip: int | No
 
 
 def encode_captions(
-    encoder: nn.Module, input_ids: Tensor, *, clip_skip: int | None = None, weights: Tensor | None = None
+    encoder: ClipTextEncoder, input_ids: Tensor, *, clip_skip: int | None = None, weights: Tensor | None = None
 ) -> Tensor:
     """Ids [B,n,77] (and caption weights [B,n,77]) -> context [B,S,d] for training; S = 77, or 75n+2 for n > 1."""
     chunks = input_ids.shape[1]
@@ -242,12 +249,18 @@ def tokenize_prompts(tokenizer: ClipTokenizer, prompts: Sequence[str], style: Pr
         pad = tokenizer.special.pad if style.with_breaks else None
         encoded.append(prompt_weights.weighted_ids(runs, tokenizer.text_ids, pad=pad))
     needed = max((len(ids) for ids, _ in encoded), default=0)
-    chunks = min(style.max_chunks, max(1, -(-needed // CHUNK)))
+    needed_chunks = max(1, -(-needed // CHUNK))
+    if style.with_breaks and needed_chunks > style.max_chunks:
+        logger.warning(
+            "The longest prompt needs --max_embeddings_multiples %d, it is %d: the end of the prompt is cut off.",
+            needed_chunks, style.max_chunks,
+        )  # fmt: skip
+    chunks = min(style.max_chunks, needed_chunks)
     return tokenizer.pack(encoded, prompts, chunks)
 
 
 def encode_prompts(
-    encoder: nn.Module, ids: Tensor, weights: Tensor, *, clip_skip: int | None, emphasis: prompt_weights.Emphasis
+    encoder: ClipTextEncoder, ids: Tensor, weights: Tensor, *, clip_skip: int | None, emphasis: prompt_weights.Emphasis
 ) -> Tensor:
     """Windows [B,n,77] of ids and weights -> context [B,77n,d] for generation; windows keep their start and end."""
     hidden = join(encode_windows(encoder, ids, clip_skip=clip_skip), ids.shape[1])

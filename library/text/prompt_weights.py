@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -73,9 +74,12 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
 
 def _weight(number: str, text: str) -> float:
     try:
-        return float(number)
+        weight = float(number)
     except ValueError:
-        raise ValueError(f"prompt syntax: {number!r} is not a weight, in: {text}") from None
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"prompt syntax: {number!r} is not a weight, in: {text}")
+    return weight
 
 
 def _plain_length(text: str, position: int) -> int:
