@@ -24,9 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 OUTPUT = ROOT / "demo" / "output"
 TRAINING = "demo/config/star_training.toml"
-PICTURES = 12
-SEEDS = (1, 2, 3)
-STEPS, SCALE, SAMPLER = 24, 3.0, "ddim"
+STAR_PICTURES, KNOWN_PICTURES = 12, 54
+STAR_SEEDS, KNOWN_SEEDS = (1, 2, 3), (1,)
+STEPS, SCALE, SAMPLER = 20, 3.0, "ddim"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def main() -> int:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     started = time.monotonic()
-    write_star_pictures(OUTPUT / "star_pictures")
+    write_training_pictures()
     print("Drawing with the base model ...", flush=True)
     before = draw_all(None, cpu=arguments.cpu)
     print("Training a LoRA on a dozen pictures of a star ...", flush=True)
@@ -72,11 +72,12 @@ def known_prompts() -> list[str]:
     return [f"a {colour} {shape} on a {background} background" for shape, colour, background in known]
 
 
-def write_star_pictures(folder: Path) -> None:
-    """The training pictures with their caption files."""
+def write_training_pictures() -> None:
+    """The pictures of the new concept and the regularisation pictures, with their caption files."""
     from shapes import write_pictures
 
-    write_pictures(folder, "star", PICTURES)
+    write_pictures(OUTPUT / "star_pictures", "star", STAR_PICTURES)
+    write_pictures(OUTPUT / "known_pictures", "known", KNOWN_PICTURES, seed=77)
 
 
 def train_lora(*, cpu: bool) -> Path:
@@ -93,7 +94,7 @@ def train_lora(*, cpu: bool) -> Path:
 
 
 def draw_all(lora: Path | None, *, cpu: bool) -> dict[str, list[Any]]:
-    """Prompt -> one picture per seed, by the project's own engine, with or without the LoRA."""
+    """Prompt -> its pictures (one per seed), by the project's own engine, with or without the LoRA."""
     import torch
 
     from library.families.sd import StableDiffusion
@@ -113,13 +114,13 @@ def draw_all(lora: Path | None, *, cpu: bool) -> dict[str, list[Any]]:
         contract.apply(network, models, True, True)
         contract.load_weights(network, lora)
         network.to(device)
-    prompts = star_prompts() + known_prompts()
+    seeds = dict.fromkeys(star_prompts(), STAR_SEEDS) | dict.fromkeys(known_prompts(), KNOWN_SEEDS)
     requests = [
         ImageRequest(prompt, width=64, height=64, steps=STEPS, scale=SCALE, sampler=SAMPLER, seed=seed)
-        for prompt in prompts for seed in SEEDS
+        for prompt in seeds for seed in seeds[prompt]
     ]  # fmt: skip
-    pictures = iter(draw(family, requests, device=device, dtype=torch.float32, batch_size=27))
-    return {prompt: [next(pictures) for _ in SEEDS] for prompt in prompts}
+    pictures = iter(draw(family, requests, device=device, dtype=torch.float32, batch_size=36))
+    return {prompt: [next(pictures) for _ in chosen] for prompt, chosen in seeds.items()}
 
 
 def score(pictures: dict[str, list[Any]]) -> Score:

@@ -227,13 +227,21 @@ def vae_picture(seed: int, size: int = SIZE) -> np.ndarray:
 # --------------------------------------------------------------------------------------------- writing folders
 
 
+def even_order(shape: str) -> list[tuple[str, str, str]]:
+    """All combinations of one shape, ordered so that any beginning shows colours and backgrounds about equally often."""
+    grounds = list(BACKGROUNDS)
+    return [(shape, colour, grounds[(index + turn) % len(grounds)])
+            for turn in range(len(grounds)) for index, colour in enumerate(COLOURS)]
+
+
 def write_pictures(output: Path, kind: str, count: int, seed: int = 0, extension: str = "png") -> list[Path]:
     """Write `count` pictures with captions beside them; combinations are visited evenly. Returns the picture paths."""
     if kind not in ("known", "star"):
         raise ValueError(f"unknown kind of picture {kind!r}; known are 'known' and 'star'")
     output.mkdir(parents=True, exist_ok=True)
-    triples = combinations(("star",) if kind == "star" else KNOWN_SHAPES)
-    random.Random(seed).shuffle(triples)
+    triples = even_order("star") if kind == "star" else combinations()
+    if kind == "known":
+        random.Random(seed).shuffle(triples)
     paths = []
     for index in range(count):
         picture, scene = known_picture(seed * 100_003 + index, combination=triples[index % len(triples)])

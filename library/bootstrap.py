@@ -130,7 +130,7 @@ def installed_versions(python: Path, names: list[str]) -> list[str]:
 def is_suitable_torch(version: str) -> bool:
     """Whether an installed torch may stay."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    return bool(numbers) and (int(numbers.group(1)), int(numbers.group(2))) >= OLDEST_TORCH
+    return numbers is not None and (int(numbers.group(1)), int(numbers.group(2))) >= OLDEST_TORCH
 
 
 def ensure_pip(python: Path) -> None:
@@ -193,7 +193,7 @@ def run_pip(command: list[str], say: Callable[[str], None] = print) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
     )
     lines = []
-    for line in process.stdout:
+    for line in process.stdout or ():
         lines.append(line)
         if not line.startswith("Requirement already satisfied"):
             say(line.rstrip())

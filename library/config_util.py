@@ -155,7 +155,7 @@ def _decide(entry: CheckedDataset, kind: Kind, wider: list[Values], location: st
         )
         for index, own in enumerate(entry.subsets)
     )
-    values = {"resolution": (0, 0)} | _first(DATASET_KEYS, kind, layers)
+    values: Values = {"resolution": (0, 0)} | _first(DATASET_KEYS, kind, layers)
     return DatasetConfig(kind=kind, location=location or "command line", subsets=subsets, **values)
 
 

@@ -29,3 +29,14 @@ def empty_cache() -> None:
         torch.mps.empty_cache()
     elif hasattr(torch, "xpu") and torch.xpu.is_available():
         torch.xpu.empty_cache()
+
+
+def preferred_device() -> str:
+    """The device for a script that uses one: cuda, xpu or mps where there is one, else cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return "xpu"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def legacy_file_hash(path: str | Path) -> str:
     `NOFILE` for a missing file, `IsADirectory` for a folder or a file that may not be read.
     """
 
-    def digest(file) -> str:
+    def digest(file: BufferedReader) -> str:
         file.seek(LEGACY_OFFSET)
         return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
 
@@ -62,7 +63,7 @@ def file_sha256(path: str | Path) -> str:
     return _of_file(path, lambda file: hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _of_file(path: str | Path, digest) -> str:
+def _of_file(path: str | Path, digest: Callable[[BufferedReader], str]) -> str:
     try:
         with open(path, "rb") as file:
             return digest(file)
@@ -136,6 +137,6 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
     data = tensor.detach().to("cpu").contiguous().reshape(-1)
     if data.numel() == 0:
         return
-    view = memoryview(data.view(torch.uint8).numpy())
+    view = data.view(torch.uint8).numpy().data
     for start in range(0, len(view), _CHUNK):
         yield view[start : start + _CHUNK]

@@ -322,7 +322,7 @@ def _by_path(path: str, optimizer: torch.optim.Optimizer, warmup: int, arguments
     except (ImportError, ValueError) as error:
         raise UserError(f"--lr_scheduler_type {path}: module {module_name} cannot be imported ({error}).") from error
     found = getattr(module, class_name, None)
-    if not inspect.isclass(found):
+    if not isinstance(found, type):
         names = sorted(
             name for name, value in vars(torch_schedules).items()
             if inspect.isclass(value) and issubclass(value, LRScheduler) and not name.startswith("_")
@@ -333,8 +333,9 @@ def _by_path(path: str, optimizer: torch.optim.Optimizer, warmup: int, arguments
         )
     if issubclass(found, torch_schedules.ReduceLROnPlateau):
         raise UserError(f"--lr_scheduler_type {path} waits for a measured value at every step, which training lacks.")
+    schedule_class: Any = found
     try:
-        return found(optimizer, **arguments)
+        return schedule_class(optimizer, **arguments)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value}" for key, value in arguments.items()) or "no arguments"
         raise UserError(

@@ -174,7 +174,7 @@ def _option_entries(options: Options) -> dict[str, Any]:
 
 def _network_entries(options: Options, facts: RunFacts) -> dict[str, Any]:
     network = options.network
-    text_rates = None if network.text_encoder_lr is None else list(network.text_encoder_lr)
+    text_rates: Any = None if network.text_encoder_lr is None else list(network.text_encoder_lr)
     if text_rates is not None and len(text_rates) == 1:
         text_rates = text_rates[0]
     is_removed = facts.group_learning_rates_removed

@@ -206,9 +206,9 @@ def _resolve(name: str) -> tuple[type[torch.optim.Optimizer], Callable[[_Request
     if "." in name:
         found = _class_at_path(name)
         return found, _PREPARE_BY_CLASS.get(found.__name__)
-    found = getattr(torch.optim, name, None)
-    if inspect.isclass(found) and issubclass(found, torch.optim.Optimizer):
-        return found, None
+    class_of_torch = getattr(torch.optim, name, None)
+    if inspect.isclass(class_of_torch) and issubclass(class_of_torch, torch.optim.Optimizer):
+        return class_of_torch, None
     raise UserError(_unknown_name(name))
 
 
@@ -240,7 +240,7 @@ def _class_at_path(path: str) -> type[torch.optim.Optimizer]:
             "Install the package that contains it, or correct the path."
         ) from error
     found = getattr(module, class_name, None)
-    if not inspect.isclass(found):
+    if not isinstance(found, type):
         raise UserError(
             f"--optimizer_type {path}: the module {module_name} has no class {class_name} (upper and lower case count)."
         )
@@ -324,8 +324,9 @@ def create_optimizer(
     for level, message in request.messages:
         logger.log(level, message)
     optimizer = _construct(name, found, request)
-    if callable(getattr(optimizer, "train", None)):
-        optimizer.train()
+    train_mode = getattr(optimizer, "train", None)
+    if callable(train_mode):
+        train_mode()
     kind = type(optimizer)
     return CreatedOptimizer(
         optimizer=optimizer,

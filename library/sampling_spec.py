@@ -47,6 +47,7 @@ class SamplingSpec:
     prediction_type: str = "epsilon"
     flow_sigmas: FlowSigmas | None = None
     defaults: SamplingDefaults = SamplingDefaults()
+    uses_sizes: bool = False  # whether the model is conditioned on sizes and crops
     noise_on_cpu: bool = False  # starting noise from a CPU generator in float32, whatever the device
 
     def __post_init__(self) -> None:

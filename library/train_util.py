@@ -292,8 +292,9 @@ class Run:
         with ExitStack() as stack:
             stack.enter_context(self.method.inference())
             if self.optimizer.is_schedule_free:
-                self.optimizer.optimizer.eval()
-                stack.callback(self.optimizer.optimizer.train)
+                schedule_free: Any = self.optimizer.optimizer
+                schedule_free.eval()
+                stack.callback(schedule_free.train)
             yield
 
     def _parts(self) -> TrainingParts:

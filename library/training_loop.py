@@ -71,7 +71,7 @@ def train(
     run, groups = make_run(options, method, placement, accelerator, plan, seed)
     run.position = start
     if resumed:
-        run.resume(Path(options.saving.resume), resumed)
+        run.resume(Path(str(options.saving.resume)), resumed)
     run_epochs(run, group, groups, started_at)
 
 
@@ -217,13 +217,13 @@ def run_epochs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], star
 def is_sample_step(options: Options, step: int) -> bool:
     """`--sample_every_n_steps`, unless samples are drawn by epoch."""
     every = options.sampling.sample_every_n_steps
-    return bool(every) and options.sampling.sample_every_n_epochs is None and step % every == 0
+    return bool(every and options.sampling.sample_every_n_epochs is None and step % every == 0)
 
 
 def is_sample_epoch(options: Options, epoch: int) -> bool:
     """`--sample_every_n_epochs`."""
     every = options.sampling.sample_every_n_epochs
-    return bool(every) and epoch % every == 0
+    return bool(every and epoch % every == 0)
 
 
 def sample(run: Run, out: Outputs, *, epoch: int | None, step: int, is_due: bool) -> None:
@@ -237,7 +237,7 @@ def make_outputs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], st
     """Saver, sampler and log of a run."""
     options, accelerator, method = run.options, run.accelerator, run.method
     precision = Precision.from_options(options)
-    names = SaveNames(Path(options.saving.output_dir), options.saving.output_name, method.file_extension)
+    names = SaveNames(Path(str(options.saving.output_dir)), options.saving.output_name, method.file_extension)
     metadata = TrainingMetadata(options, group, method, run_facts(run, started_at))
 
     def write_model(path: Path, epoch: int, steps: int) -> None:

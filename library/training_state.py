@@ -171,7 +171,8 @@ def _save_random_states(folder: Path, rank: int) -> None:
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    state: Any = numpy.random.get_state()
+    kind, keys, position, has_gauss, cached = state
     states = {
         "python": [version, list(words), gauss],
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],

@@ -75,7 +75,8 @@ class GaussianFamily(ModelFamily):
         return SamplingSpec(flow_sigmas=sigmas, defaults=self.defaults)
 
     def encode_prompts(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str], *, clip_skip: int | None = None
+        self, prompts: Sequence[str], negative_prompts: Sequence[str], *, clip_skip: int | None = None,
+        style: Any = None,
     ) -> tuple[Conditioning, Conditioning]:
         self.encoded.append((list(prompts), list(negative_prompts)))
 
@@ -111,8 +112,10 @@ class GaussianFamily(ModelFamily):
     def encode_weighted_captions(self, captions: Sequence[str]) -> Conditioning:
         raise NotImplementedError
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        means = nn.functional.avg_pool2d(images, 8) * 4
+        latents = torch.cat([means, means[:, :1] * 0], dim=1)
+        return latents + 0.01 * torch.randn(latents.shape, generator=generator)
 
     def make_objective(self) -> Any:
         raise NotImplementedError

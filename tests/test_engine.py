@@ -6,6 +6,7 @@ import logging
 import random
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from library.families.base import Conditioning, SizeConditioning
-from library.generation.engine import draw, evaluation_mode, to_pil
+from library.generation.engine import DrawSettings, draw, evaluation_mode, to_pil
+from library.generation.hooks import Drawing, StepHook, StepState
+from library.generation.pictures import load_mask, load_picture
 from library.generation.request import ImageRequest
+from library.generation.samplers import SAMPLERS
 from library.generation.training_samples import TrainingSampler, sampling_problems
 from library.options import Options, make_options
 from tests.gaussian import STD, GaussianFamily
-from tests.golden import FOLDER
 
+DIFFERENT_SAMPLERS = [name for name in SAMPLERS if not name.startswith("k_")]  # those are second names
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 about diffusers
 
 
@@ -71,7 +75,7 @@ def test_equal_seeds_give_equal_images_and_other_seeds_do_not() -> None:
     assert len({image.tobytes() for image in (first, other, unseeded, unseeded_too)}) == 4
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm_2_a"])
+@pytest.mark.parametrize("sampler", DIFFERENT_SAMPLERS)
 def test_batching_does_not_change_an_image(sampler: str) -> None:
     family = GaussianFamily()
     requests = [request("0.3", seed=seed, sampler=sampler, steps=5) for seed in (5, 6, 7)]
@@ -175,10 +179,140 @@ def test_another_forward_pass_can_take_the_place_of_the_familys() -> None:
 
         return predict
 
-    (changed,) = images_of(family, request("0.2"), predict_for=shifted_by)
+    (changed,) = images_of(family, request("0.2"), settings=DrawSettings(predict_for=shifted_by))
     (direct,) = images_of(family, request("0.7"))
     assert asked == ["0.2"]
     assert np.abs(np.asarray(changed).astype(int) - np.asarray(direct)).max() <= 1
+
+
+# --- pictures to start from -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A dark left and a bright right half, 96 x 64: latents around -2 and 2."""
+    pixels = np.full((64, 96, 3), 64, dtype=np.uint8)
+    pixels[:, 48:] = 191
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def from_picture(path: Path, **changes: Any) -> ImageRequest:
+    return request("0.5", **{"width": 96, "height": 64, "init_image": path, "strength": 0.5, **changes})
+
+
+def test_strength_zero_gives_the_picture_back(picture: Path) -> None:
+    family = GaussianFamily()
+    (image,) = images_of(family, from_picture(picture, strength=0.0))
+    assert family.calls == []
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(Image.open(picture))).max() <= 2
+
+
+@pytest.mark.parametrize(("strength", "calls"), [(0.04, 0), (0.25, 5), (0.5, 10), (0.8, 16), (1.0, 19)])
+def test_strength_decides_how_many_steps_are_left(picture: Path, strength: float, calls: int) -> None:
+    family = GaussianFamily()
+    images_of(family, from_picture(picture, strength=strength))
+    assert len(family.calls) == calls
+    by_order_two = GaussianFamily()
+    images_of(by_order_two, from_picture(picture, strength=strength, sampler="heun"))
+    assert len(by_order_two.calls) == max(0, 2 * calls - 1)
+
+
+def test_without_offset_all_steps_of_the_strength_are_run(picture: Path) -> None:
+    family = GaussianFamily()
+    images_of(family, from_picture(picture, strength=1.0), settings=DrawSettings(zero_steps_offset=True))
+    assert len(family.calls) == 20
+    assert family.calls[0][1].tolist() == [950.0]  # ddim without the offset of its timesteps
+
+
+@pytest.mark.parametrize("sampler", DIFFERENT_SAMPLERS)
+def test_weak_redrawing_stays_near_the_picture_and_strong_does_not(picture: Path, sampler: str) -> None:
+    family = GaussianFamily()
+    weak, strong = images_of(
+        family, from_picture(picture, strength=0.1, sampler=sampler), from_picture(picture, sampler=sampler, strength=1)
+    )
+    halves = [[latents_of(image)[:, :6].mean(), latents_of(image)[:, 6:].mean()] for image in (weak, strong)]
+    assert halves[0] == pytest.approx([-2, 2], abs=0.7)
+    assert halves[1] == pytest.approx([0.5, 0.5], abs=0.6)
+
+
+def test_noise_of_a_picture_comes_after_the_samplers_and_before_the_encoders(picture: Path) -> None:
+    class Watching(GaussianFamily):
+        def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            states.append(generator.get_state())
+            return super().encode_images(images, generator)
+
+    states: list[Tensor] = []
+    family = Watching()
+    images_of(family, from_picture(picture, seed=9, steps=4, strength=0.5, sampler="dpm_2_a"))
+    stream = torch.Generator().manual_seed(9)
+    noises = [torch.randn(1, 4, 8, 12, generator=stream) for _ in range(1 + 2 * 4 + 1)]
+    assert torch.equal(states[0], stream.get_state())
+    x0 = GaussianFamily().encode_images(load_picture(picture, (96, 64)), stream)
+    abar = torch.cumprod(1 - family.betas.double(), 0)
+    sigmas = ((1 - abar) / abar).sqrt()
+    x = x0 + sigmas[666] * noises[-1]  # as noisy as the step before the first one, which is at timestep 333
+    assert family.calls[0][1].tolist() == [333.0]
+    assert torch.allclose(family.calls[0][0], (x / (sigmas[333] ** 2 + 1).sqrt()).float(), atol=1e-3)
+
+
+def test_transparent_pixels_are_white_and_sizes_are_reached(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (50, 40), (0, 0, 0, 0))
+    image.save(tmp_path / "clear.png")
+    pixels = load_picture(tmp_path / "clear.png", (64, 32))
+    assert pixels.shape == (1, 3, 32, 64) and pixels.min() == pixels.max() == 1
+
+
+# --- masks and hooks ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    """White, to be repainted, in the right third."""
+    pixels = np.zeros((64, 96), dtype=np.uint8)
+    pixels[:, 64:] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+@pytest.mark.parametrize("sampler", DIFFERENT_SAMPLERS)
+def test_the_kept_area_is_the_picture_itself_at_the_end(picture: Path, mask: Path, sampler: str) -> None:
+    family = GaussianFamily()
+    wanted = from_picture(picture, mask_image=mask, strength=0.9, steps=6, sampler=sampler)
+    painted, untouched = images_of(family, wanted, from_picture(picture, strength=0.0, steps=6, sampler=sampler))
+    same = latents_of(painted)[:, :7] - latents_of(untouched)[:, :7]  # the next column is blended
+    other = latents_of(painted)[:, 8:] - latents_of(untouched)[:, 8:]
+    assert np.abs(same).max() < 0.05
+    assert np.abs(other).mean() > 0.5
+
+
+def test_grey_masks_blend(picture: Path, tmp_path: Path) -> None:
+    Image.new("L", (96, 64), 128).save(tmp_path / "grey.png")
+    keep = 1 - load_mask(tmp_path / "grey.png", (96, 64), (8, 12))
+    assert keep.shape == (1, 1, 8, 12) and torch.allclose(keep, torch.tensor(127 / 255))
+
+
+def test_hooks_see_every_call_in_order_and_can_change_it() -> None:
+    seen = []
+
+    def factory(drawing: Drawing) -> StepHook | None:
+        def hook(state: StepState) -> StepState:
+            seen.append((state.moment, state.call, state.step, state.is_last_call))
+            assert (state.prediction is None) == (state.moment == "before")
+            return replace(state, x=state.x * 0 + 3) if state.moment == "after" and state.call == 2 else state
+
+        assert [one.seed for one in drawing.requests] == [1, 2]
+        return hook
+
+    settings = DrawSettings(hooks=(factory, lambda drawing: None))
+    pair = [request(steps=2, sampler="heun", seed=seed) for seed in (1, 2)]
+    images = images_of(GaussianFamily(), *pair, batch_size=2, settings=settings)
+    assert seen == [
+        (moment, call, step, is_last)
+        for call, step, is_last in [(0, 0, False), (1, 0, True), (2, 1, True)]
+        for moment in ("before", "predicted", "after")
+    ]
+    assert all(latents_of(image) == pytest.approx(3, abs=0.02) for image in images)
 
 
 # --- modules --------------------------------------------------------------------------------------------------
@@ -320,9 +454,9 @@ def test_clip_skip_and_defaults_reach_the_family(tmp_path: Path) -> None:
     seen = []
 
     class Watching(GaussianFamily):
-        def encode_prompts(self, *args: Any, clip_skip: int | None = None) -> Any:
+        def encode_prompts(self, *args: Any, clip_skip: int | None = None, **settings: Any) -> Any:
             seen.append(clip_skip)
-            return super().encode_prompts(*args, clip_skip=clip_skip)
+            return super().encode_prompts(*args, clip_skip=clip_skip, **settings)
 
     family = Watching()
     options = training_options(tmp_path, "0.2 --s 1\n", clip_skip=2)
@@ -356,47 +490,3 @@ def test_unknown_samplers_in_the_file_are_found_before_training(tmp_path: Path) 
 
 def test_prompts_without_a_reason_to_sample_are_no_problem() -> None:
     assert sampling_problems(make_options(sample_prompts="none.txt")) == []
-
-
-# --- against another program ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
-def test_a_real_model_draws_what_diffusers_pipeline_draws(sampler: str) -> None:
-    import diffusers
-
-    from library.families.sd import StableDiffusion
-
-    family = StableDiffusion(
-        make_options(
-            pretrained_model_name_or_path=str(FOLDER / "models" / "sd1_tiny.safetensors"),
-            tokenizer_cache_dir=str(FOLDER / "tokenizers"),
-        )
-    )
-    family.load(weight_dtype=torch.float32, vae_dtype=torch.float32, device="cpu")
-    prompt, negative = "a (red:1.3) castle near the water", "dark, sketch"
-    ours = draw(
-        family, request(prompt, negative_prompt=negative, height=64, steps=4, scale=5.0, sampler=sampler),
-        device="cpu", dtype=torch.float32,
-    )[0]  # fmt: skip
-
-    schedule: dict[str, Any] = {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
-    }  # fmt: skip
-    scheduler = {
-        "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, **schedule),
-        "euler_a": lambda: diffusers.EulerAncestralDiscreteScheduler(**schedule),
-    }[sampler]()
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=family.vae, unet=family.denoiser, scheduler=scheduler, text_encoder=None, tokenizer=None,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    positive, unconditional = family.encode_prompts([prompt], [negative])
-    theirs = pipeline(
-        prompt_embeds=positive["context"], negative_prompt_embeds=unconditional["context"], width=128, height=64,
-        num_inference_steps=4, guidance_scale=5.0, generator=[torch.Generator().manual_seed(1)],
-    ).images[0]  # fmt: skip
-    assert np.asarray(ours).std() > 10
-    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library import model_util
-from library.checkpoints import layout_clip, layout_sd
 from library.families.sd import StableDiffusion
 from library.models.layers import set_attention
 from library.options import make_options
 from library.text.clip import PromptStyle
+from tests.sd2_tiny import sd2_tensors
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TINY = GOLDEN / "models" / "sd1_tiny.safetensors"
@@ -45,17 +45,9 @@ def stored() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def sd2_file(stored, tmp_path_factory) -> Path:
-    """The tiny model with linear projections and an OpenCLIP text tower of three blocks, as an SD 2 file."""
-    old = layout_sd.SD1_TEXT_PREFIX
-    text = {key.removeprefix(old): value for key, value in stored.items() if key.startswith(old)}
-    tensors = {k: v for k, v in stored.items() if not k.startswith("cond_stage_model.")}
-    for key in [k for k in tensors if k.endswith((".proj_in.weight", ".proj_out.weight")) and "diffusion_model" in k]:
-        tensors[key] = tensors[key][:, :, 0, 0].clone()
-    tensors |= {layout_sd.SD2_TEXT_PREFIX + k: v for k, v in layout_clip.hf_to_openclip(text).items()}
-    tensors.update(layout_sd.sd2_tail(tensors))
     folder = tmp_path_factory.mktemp("sd2")
     shutil.copytree(TOKENIZER, folder / "tokenizer")
-    save_file(tensors, folder / "sd2_tiny.safetensors")
+    save_file(sd2_tensors(stored), folder / "sd2_tiny.safetensors")
     return folder / "sd2_tiny.safetensors"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -22,11 +23,13 @@ ROOMS = (
     "objectives families model_util sdxl_model_util",
     "methods generation optimizers optimizer_state lr_schedulers metadata model_spec train_util training_state hub "
     "progress saving",
-    "training_loop launch",
+    "training_loop launch tool_launch",
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 #: where families may be named
-FAMILY_PLACES = re.compile(r"library/(families/|models/|checkpoints/|metadata|model_spec|\w*model_util)|networks/")
+FAMILY_PLACES = re.compile(
+    r"library/(families/|models/|checkpoints/|options/family_choice|metadata|model_spec|\w*model_util)|networks/"
+)
 FAMILY_WORDS = {"sd", "sd1", "sd15", "sd2", "sd21", "sd3", "sd35", "sdxl", "flux", "stablediffusion"}
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "cv2", "PIL", "safetensors", "bitsandbytes")
 LONGEST_FILE = 500
@@ -38,6 +41,10 @@ def sources(*folders: str) -> list[Path]:
 
 def entry_scripts() -> list[Path]:
     return sorted(path for path in ROOT.glob("*.py") if "launch.Script(" in path.read_text("utf-8"))
+
+
+def tools() -> list[Path]:
+    return [path for path in sources("tools", "networks", "finetune") if "tool_launch.Tool(" in path.read_text("utf-8")]
 
 
 def name_of(path: Path) -> str:
@@ -110,30 +117,30 @@ def test_families_are_named_only_in_their_places(path: Path) -> None:
     assert list(family_words(ast.parse(path.read_text("utf-8")))) == []
 
 
-@pytest.mark.parametrize("path", entry_scripts(), ids=name_of)
+@pytest.mark.parametrize("path", entry_scripts() + tools(), ids=name_of)
 def test_help_is_quick_and_leaves_heavy_packages_out(path: Path) -> None:
     code = (
         "import runpy, sys\n"
-        f"sys.argv = [{path.name!r}, '--help']\n"
+        f"sys.argv, sys.path[0] = [{str(path)!r}, '--help'], {str(path.parent)!r}\n"
         "try:\n"
-        f"    runpy.run_path({path.name!r}, run_name='__main__')\n"
+        f"    runpy.run_path({str(path)!r}, run_name='__main__')\n"
         "except SystemExit as stop:\n"
         f"    print('status', stop.code, 'heavy', [name for name in {HEAVY!r} if name in sys.modules])\n"
     )
     begin = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     seconds = time.monotonic() - begin
-    print(f"{path.name} --help: {seconds:.2f} s")
-    assert result.stdout.startswith(f"usage: {path.name}")
+    print(f"{name_of(path)} --help: {seconds:.2f} s")
+    assert result.stdout.startswith(f"usage: {name_of(path)}")
     assert result.stdout.splitlines()[-1] == "status 0 heavy []"
     assert seconds < 1.5
 
 
-@pytest.mark.parametrize("path", entry_scripts(), ids=name_of)
-def test_entry_scripts_are_short_and_show_a_command(path: Path) -> None:
+@pytest.mark.parametrize("path", entry_scripts() + tools(), ids=name_of)
+def test_scripts_are_short_and_show_a_command(path: Path) -> None:
     text = path.read_text("utf-8")
-    assert len(text.splitlines()) <= 45
-    assert f"python {path.name}" in (ast.get_docstring(ast.parse(text)) or "")
+    assert len(text.splitlines()) <= (LONGEST_FILE if path in tools() else 45)
+    assert f"python {name_of(path)}" in (ast.get_docstring(ast.parse(text)) or "")
     assert {"setup_parser", "main"} <= {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
 
 
@@ -151,6 +158,13 @@ def test_tests_are_skipped_only_for_named_reasons() -> None:
             lines = [line for line in path.read_text("utf-8").splitlines() if skipping.search(line)]
             assert not [line for line in lines if not re.search(r"skips\.(NO_\w+)", line)], path
     assert len(set(skips.REASONS)) == len(skips.REASONS)
+
+
+@pytest.mark.slow
+def test_mypy_finds_nothing() -> None:
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--cache-dir", os.devnull]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_ruff_finds_nothing() -> None:

@@ -324,6 +324,9 @@ def test_hub_downloads_leave_out_what_nobody_reads():
         "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt",
         "vae/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
+    wanted, unwanted = hub_patterns(".safetensors", "fp16")
+    variants = [n for n in filter_repo_objects(files, allow_patterns=wanted, ignore_patterns=unwanted) if "fp16" in n]
+    assert variants == ["unet/diffusion_pytorch_model.fp16.safetensors"]
     wanted, unwanted = hub_patterns(".bin")
     pickles = [n for n in filter_repo_objects(files, allow_patterns=wanted, ignore_patterns=unwanted) if ".bin" in n]
     assert pickles == ["unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"]

@@ -172,7 +172,8 @@ def test_tensorboard_gets_the_scalars_that_users_know(photos, tmp_path):
 
     config = write_config(tmp_path, photos)
     train("--dataset_config", config, "--max_train_steps", "3", "--logging_dir", tmp_path / "logs",
-          "--log_prefix", "p_", "--unet_lr", "2e-3", "--text_encoder_lr", "1e-4", "--scale_weight_norms", "1", output_dir=tmp_path / "out")
+          "--log_prefix", "p_", "--unet_lr", "2e-3", "--text_encoder_lr", "1e-4", "--scale_weight_norms", "1",
+          output_dir=tmp_path / "out")
     [folder] = (tmp_path / "logs").iterdir()
     assert folder.name.startswith("p_20")
     events = EventAccumulator(str(folder / "network_train"))

@@ -224,7 +224,7 @@ def _find_ending(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> str | N
     return next((e for e in entry.endings() if shapes.get(f"latents{e}") == entry.shape), None)
 
 
-def _kept_arrays(entry: Entry) -> tuple[dict[str, np.ndarray], str]:
+def _kept_arrays(entry: Entry) -> tuple[dict[str, Any], str]:
     """The arrays of an existing file that stay beside the entry, and the key ending that the entry gets."""
     try:
         with np.load(entry.path, allow_pickle=False) as file:

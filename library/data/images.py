@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from library.data.buckets import Size
@@ -137,7 +137,7 @@ def _convert(image: Image.Image) -> Image.Image:
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: ImageFile.ImageFile) -> int:
     """The EXIF (or XMP) orientation 1 to 8 of an opened image, without decoding pixels; 1 when unreadable."""
     try:
         if image.format == "PNG" and "exif" not in image.info:
@@ -149,7 +149,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TRANSPOSE else 1
 
 
-def _read_late_png_exif(image: Image.Image) -> None:
+def _read_late_png_exif(image: ImageFile.ImageFile) -> None:
     """Find an eXIf chunk that stands behind the pixels of a PNG, by its chunk headers."""
     if image.fp is None:
         return

@@ -29,7 +29,7 @@ class NetworkTraining(TrainingMethod):
     tracker_name = "network_train"
     writes_training_metadata = True
 
-    network: nn.Module
+    network: contract.Network
 
     # --- before anything is loaded -------------------------------------------------------------------------
     def check_options(self) -> list[str]:

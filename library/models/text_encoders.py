@@ -106,7 +106,7 @@ def build_clip(
 
 def rebuild_position_ids(text_model: nn.Module, device: torch.device | str) -> None:
     """Gives the embeddings their position buffer, which no file holds."""
-    embeddings = text_model.embeddings
+    embeddings: Any = text_model.embeddings
     count = embeddings.position_embedding.weight.shape[0]
     embeddings._buffers["position_ids"] = torch.arange(count, device=device)[None]
 

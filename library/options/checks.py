@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options import Options
+from library.options.record import OptionRecord
 from library.options.script import ScriptOptions
 
 Check = Callable[[Options], Iterable[str]]
@@ -63,7 +64,7 @@ FILES = ("network_weights", "sample_prompts", "log_tracker_config")
 class Checked:
     """Options with their implied values filled in; problems and warnings, one sentence each."""
 
-    options: Options
+    options: OptionRecord
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
 

@@ -7,10 +7,20 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from library.options import Options, non_default
+from library.options import non_default
 from library.options.declare import specs_of
 from library.options.deepspeed import DeepSpeedOptions
+from library.options.family_choice import UNSUPPORTED
+from library.options.generation_features import (
+    ControlOptions,
+    DeepShrinkOptions,
+    GradualLatentOptions,
+    HighresOptions,
+    LossGuidanceOptions,
+    TextualInversionOptions,
+)
 from library.options.hub import HubOptions
+from library.options.record import OptionRecord
 from library.options.validation import ValidationOptions
 
 
@@ -42,10 +52,41 @@ NOT_YET: Mapping[str, NotYet] = MappingProxyType(
 )
 
 
-def unsupported(options: Options, table: Mapping[str, NotYet] = NOT_YET) -> list[str]:
+GENERATION_NOT_YET: Mapping[str, NotYet] = MappingProxyType(
+    {
+        **{
+            spec.name: NotYet(reason)
+            for group, reason in (
+                (TextualInversionOptions, "textual inversion in prompts is not supported yet"),
+                (ControlOptions, "ControlNet is not supported yet"),
+                (HighresOptions, "drawing in two passes is not supported yet"),
+                (DeepShrinkOptions, "Deep Shrink is not supported yet"),
+                (GradualLatentOptions, "Gradual Latent is not supported yet"),
+                (LossGuidanceOptions, "guidance by CLIP or VGG16 is not supported yet"),
+            )
+            for spec in specs_of(group)
+        },
+        **{
+            name: NotYet("SDXL models are not supported yet")
+            for name in (
+                *UNSUPPORTED, "original_width", "original_height", "original_width_negative",
+                "original_height_negative", "crop_top", "crop_left", "clip_vision_strength",
+            )
+        },
+        "guide_image_path": NotYet("ControlNet is not supported yet"),
+        "pyramid_noise_prob": NotYet("pyramid noise is not supported yet"),
+        "pyramid_noise_discount_range": NotYet("pyramid noise is not supported yet"),
+        "noise_offset_prob": NotYet("a noise offset is not supported yet"),
+        "noise_offset_range": NotYet("a noise offset is not supported yet"),
+        "network_regional_mask_max_color_codes": NotYet("networks for regions are not supported yet"),
+    }
+)  # fmt: skip
+
+
+def unsupported(options: OptionRecord, table: Mapping[str, NotYet] = NOT_YET) -> list[str]:
     """One sentence for each option of `table` whose value differs from the script's default."""
     return [
         f"--{name}: {table[name].reason}."
         for name, value in non_default(options).items()
-        if name in table and (table[name].values is None or value in table[name].values)
+        if name in table and ((only := table[name].values) is None or value in only)
     ]

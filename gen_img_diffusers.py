@@ -1,0 +1,35 @@
+"""Draw images with Stable Diffusion 1.x and 2.x.
+
+    python gen_img_diffusers.py --ckpt model.safetensors --outdir outputs --prompt "a cat --n blurry --d 42" \
+        --network_module networks.lora --network_weights my_lora.safetensors --fp16
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from library import launch
+from library.options.script import GEN_IMG_DIFFUSERS
+
+SCRIPT = launch.Script(
+    name="gen_img_diffusers.py",
+    description="Draw images with Stable Diffusion 1.x and 2.x.",
+    options=GEN_IMG_DIFFUSERS,
+    family="library.families.drawn:stable_diffusion",
+    run="library.generation.run:generate",
+    data=None,
+)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The parser of this script, for programs that read or wrap its options."""
+    return launch.build_parser(SCRIPT)
+
+
+def main() -> None:
+    """Read the command line and draw."""
+    launch.main(SCRIPT)
+
+
+if __name__ == "__main__":
+    main()
