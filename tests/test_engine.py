@@ -22,7 +22,7 @@ from library.generation.engine import DrawSettings, draw, evaluation_mode, to_pi
 from library.generation.hooks import Drawing, StepHook, StepState
 from library.generation.pictures import load_mask, load_picture
 from library.generation.request import ImageRequest
-from library.generation.samplers import SAMPLERS
+from library.generation.samplers import SAMPLERS, Start, make_sampler
 from library.generation.training_samples import TrainingSampler, sampling_problems
 from library.options import Options, make_options
 from tests.gaussian import STD, GaussianFamily
@@ -234,6 +234,28 @@ def test_weak_redrawing_stays_near_the_picture_and_strong_does_not(picture: Path
     halves = [[latents_of(image)[:, :6].mean(), latents_of(image)[:, 6:].mean()] for image in (weak, strong)]
     assert halves[0] == pytest.approx([-2, 2], abs=0.7)
     assert halves[1] == pytest.approx([0.5, 0.5], abs=0.6)
+
+
+@pytest.mark.parametrize("sampler", [name for name in DIFFERENT_SAMPLERS if not name.endswith("_a")])
+def test_sampling_from_the_middle_is_as_exact_as_from_the_start(sampler: str) -> None:
+    """The Gaussian's flow has a closed form: x_t = a mean + sqrt(a^2 std^2 + s^2) z for one z all along."""
+    family, mean, steps = GaussianFamily(), 0.8, 20
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for first in (0, 5, 12):
+        chosen = make_sampler(sampler, family.sampling_spec(), steps, (8, 8), start=Start(first_step=first))
+        assert chosen.step_of_call[0] == first and set(chosen.step_of_call) == set(range(first, steps))
+        signal = chosen.noised(torch.ones(()), torch.zeros(()), first)
+        noise = chosen.noised(torch.zeros(()), torch.ones(()), first)
+        x = signal * mean + (signal**2 * STD**2 + noise**2).sqrt() * z
+        for call, timestep in enumerate(chosen.timesteps):
+            raw = family.predict(
+                chosen.model_input(x, call), torch.tensor([timestep]), Conditioning({"mean": torch.tensor([mean])})
+            )
+            x = chosen.step(raw, x, call, [torch.Generator()])
+        errors.append(float((x - mean - STD * z).abs().max()))
+    assert errors[0] < 0.3
+    assert max(errors[1:]) < 1.3 * errors[0] + 0.01
 
 
 def test_noise_of_a_picture_comes_after_the_samplers_and_before_the_encoders(picture: Path) -> None:

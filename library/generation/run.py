@@ -57,7 +57,7 @@ def generate(options: GenerationOptions, make_family: Callable[[GenerationOption
         drawer.draw_all(prompter_requests(get_prompter, options, family, networks, defaults, seeds))
     else:
         drawer.draw_all(plan(lines, defaults, seeds))
-    logger.info("%d images in %s", drawer.count, options.output.outdir)
+    logger.info("images written: %d, in %s", drawer.count, options.output.outdir)
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------
