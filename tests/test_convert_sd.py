@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import shutil
@@ -283,24 +282,6 @@ def test_a_dot_in_a_name_does_not_make_a_checkpoint(models, tmp_path):
 
 
 # --- command line --------------------------------------------------------------------------------------------
-def test_parser_has_the_recorded_options():
-    content = json.loads(gzip.decompress((ROOT / "tests/data/cli.json.gz").read_bytes()))
-    theirs = {option["dest"]: option for option in content["scripts"][SCRIPT]["options"]}
-    ours = {action.dest: action for action in tool.setup_parser()._actions if action.dest != "help"}
-    assert set(ours) == set(theirs)
-    for dest, option in theirs.items():
-        action = ours[dest]
-        found = {
-            "flags": list(action.option_strings),
-            "type": None if action.nargs == 0 else action.type.__name__,
-            "default": action.default,
-            "choices": None if action.choices is None else list(action.choices),
-            "nargs": action.nargs,
-            "required": action.required,
-        }
-        assert found == {key: option[key] for key in found}, dest
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -23,6 +23,7 @@ import fast_norm  # noqa: E402
 import judge  # noqa: E402
 from base_captions import meaningless_words, training_caption  # noqa: E402
 from base_denoiser import LatentCache, fold_normalisation, posteriors  # noqa: E402
+
 from library.model_util import load_checkpoint  # noqa: E402
 
 CHECKPOINT = DEMO / "model" / base_models.CHECKPOINT_NAME

@@ -32,13 +32,11 @@ from tests.lora_files import (
     write_lora,
 )
 from tests.sd2_tiny import sd2_tensors
-from tests.test_options import recorded
 from tests.training import MODEL
 from tools import show_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = {"networks/merge_lora.py": merge_lora.TOOL, "tools/show_metadata.py": show_metadata.TOOL}
-OURS_ONLY = {"tools/show_metadata.py": {"decode"}}
 
 
 @pytest.fixture(autouse=True)
@@ -103,25 +101,6 @@ def changes(path: Path) -> dict[str, Tensor]:
 
 
 # --- command line --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", TOOLS)
-def test_tools_have_the_recorded_options(name: str) -> None:
-    parser = tool_launch.build_parser(TOOLS[name])
-    ours = {action.dest: action for action in parser._actions if action.dest != "help"}
-    theirs = {option["dest"]: option for option in recorded(name)}
-    assert set(ours) - OURS_ONLY.get(name, set()) == set(theirs)
-    for dest, wanted in theirs.items():
-        action = ours[dest]
-        found = {
-            "flags": list(action.option_strings),
-            "type": None if action.nargs == 0 else action.type.__name__,
-            "default": action.default,
-            "choices": None if action.choices is None else list(action.choices),
-            "nargs": action.nargs,
-            "required": action.required,
-        }
-        assert found == {key: wanted[key] for key in found}, dest
-
-
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_is_quick_and_leaves_torch_out(name: str, tmp_path: Path) -> None:
     code = (

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import gen_img
-import gen_img_diffusers
-import train_network
-from library import launch
 from library.options import Options, group_classes, make_options, non_default, read_only_namespace
 from library.options.checks import RANGES, check_options, is_missing_model, is_missing_module, published_by_wandb
 from library.options.declare import specs_of, whole_or_fraction
@@ -23,47 +17,6 @@ from library.options.record import OptionRecord
 from library.options.script import NETWORK_TRAINING, ScriptOptions
 
 DATA = Path(__file__).parent / "data"
-SCRIPTS = {
-    "train_network.py": train_network.SCRIPT, "gen_img.py": gen_img.SCRIPT,
-    "gen_img_diffusers.py": gen_img_diffusers.SCRIPT,
-}  # fmt: skip
-#: options that a script has beyond the recorded ones: what one of the scripts that draw can do, all can
-ADDED = {
-    "gen_img_diffusers.py": {
-        "zero_terminal_snr", "from_module", "prompter_module_args", "no_half_vae", "emb_normalize_mode",
-        "force_scheduler_zero_steps_offset",
-    },
-}  # fmt: skip
-#: script-independent differences that are wanted: option -> field -> our value
-DELIBERATE = {
-    # `box` is valid in dataset files, so it is valid here too
-    "resize_interpolation": {"choices": [*"lanczos nearest bilinear linear bicubic cubic area box".split()]},
-}
-
-
-def recorded(script: str) -> list[dict[str, Any]]:
-    content = json.loads(gzip.decompress((DATA / "cli.json.gz").read_bytes()))
-    return content["scripts"][script]["options"]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_parser_has_the_recorded_options(name: str) -> None:
-    parser = launch.build_parser(SCRIPTS[name])
-    ours = {action.dest: action for action in parser._actions if action.dest != "help"}
-    theirs = {option["dest"]: option for option in recorded(name)}
-    assert set(ours) - ADDED.get(name, set()) == set(theirs)
-    for dest, option in theirs.items():
-        action = ours[dest]
-        found = {
-            "flags": list(action.option_strings),
-            "type": None if action.nargs == 0 else action.type.__name__,
-            "default": action.default,
-            "choices": None if action.choices is None else list(action.choices),
-            "nargs": action.nargs,
-            "required": action.required,
-        }
-        wanted = {key: option[key] for key in found} | DELIBERATE.get(dest, {})
-        assert found == wanted, dest
 
 
 def test_not_yet_table_names_options_and_prints_its_length(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,9 +101,15 @@ def adjusted(options: Options) -> tuple[Options, list[str]]:
 
 # --- problems ------------------------------------------------------------------------------------------------
 def ranges(options: Options) -> Iterator[str]:
-    flat = options.flat()
-    for name, (smallest, largest) in RANGES.items():
-        value = flat[name]
+    return out_of_range(options.flat(), RANGES)
+
+
+def out_of_range(
+    values: Mapping[str, Any], limits: Mapping[str, tuple[float | None, float | None]]
+) -> Iterator[str]:
+    """A sentence for every value outside its (smallest, largest) limits; None is no limit."""
+    for name, (smallest, largest) in limits.items():
+        value = values[name]
         if value is None:
             continue
         if not ((smallest is None or value >= smallest) and (largest is None or value <= largest)):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from library.options.checks import Checked, is_missing_model, is_missing_module
+from library.options.checks import Checked, is_missing_model, is_missing_module, out_of_range
 from library.options.generation import GenerationOptions
 from library.options.script import ScriptOptions
 
@@ -72,13 +72,7 @@ def _checkpoint(name: str | None, problems: list[str]) -> str | None:
 
 def _ranges(options: GenerationOptions) -> Iterator[str]:
     flat = options.flat()
-    for name, (smallest, largest) in RANGES.items():
-        value = flat[name]
-        if value is None:
-            continue
-        if not ((smallest is None or value >= smallest) and (largest is None or value <= largest)):
-            allowed = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
-            yield f"--{name} {value} is not allowed: it must be {allowed}."
+    yield from out_of_range(flat, RANGES)
     for name in ("W", "H"):
         if (flat[name] or 0) >= SIZE_MULTIPLE and flat[name] % SIZE_MULTIPLE:
             yield f"--{name} {flat[name]} is not allowed: it must be a multiple of {SIZE_MULTIPLE}."
