@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
-
 import shapes
+import torch
 from base_captions import meaningless_words, training_caption
 from base_models import BaseSize, build_text_encoder, build_unet
 from base_tokenizer import MAX_TOKENS, WORDS
 from base_vae import LATENT_SCALE, to_tensor
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from fast_norm import use_fast_norm
+from torch import Tensor, nn
+from training_tools import Ema, TimeBudget, TrainingRun, autocast
+from transformers import CLIPTextModel, CLIPTokenizer
+
 from library.losses import debiased_estimation_weights
 from library.schedulers import scaled_linear_schedule
-from training_tools import Ema, LossLog, TimeBudget, autocast, decayed_rate, save_state
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class DenoiserSettings:
     """Settings of the denoiser training; `drop_share` captions are empty, which guidance needs."""
 
     minutes: float = 60.0
-    pictures: int = 20_000
+    pictures: int = 14_000
     batch_size: int = 64
     learning_rate: float = 1.2e-3
     drop_share: float = 0.1
@@ -152,13 +151,6 @@ def training_step(
     return (error * loss_weights(snr).to(device)).mean()
 
 
-def averaged(model: BaseModel, ema: Ema) -> BaseModel:
-    """A copy of the model holding the averaged weights."""
-    result = copy.deepcopy(model).eval().requires_grad_(False)
-    ema.copy_to(result)
-    return result
-
-
 def train_denoiser(
     settings: DenoiserSettings, size: BaseSize, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path,
     device: torch.device, evaluate: Callable[[BaseModel], float],
@@ -170,38 +162,20 @@ def train_denoiser(
     torch.manual_seed(settings.seed)
     cache = posteriors(vae, settings.pictures)
     model = build_base(size, tokenizer, device)
-    ema = Ema(model, settings.ema_decay)
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, (0.9, 0.99), weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.learning_rate, (0.9, 0.99), weight_decay=1e-2, fused=True
+    )
+    run = TrainingRun(model, optimizer, Ema(model, settings.ema_decay), TimeBudget(settings.minutes * 60),
+                      work / "denoiser.pt", settings.learning_rate, settings.checkpoint_seconds)
+    run.resume()
     table = scaled_linear_schedule()
     schedule = (table.signal_scales, table.noise_scales, table.snr)
     strange = meaningless_words(WORDS)
-    budget, log, step, path = TimeBudget(settings.minutes * 60), LossLog(work / "denoiser_loss.csv"), 0, work / "denoiser.pt"
-    if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        budget.restore(state["elapsed"])
-        step = state["step"]
-    last_save = last_look = time.monotonic()
-    while not budget.spent():
-        rate = decayed_rate(settings.learning_rate, budget.share(), step, 300)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = training_step(model, cache, tokenizer, settings, step, schedule, strange)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update(model, step)
-        step += 1
-        log.add(step, budget.elapsed(), loss=loss.item())
-        if time.monotonic() - last_save > settings.checkpoint_seconds or budget.spent():
-            save_state(path, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                       elapsed=budget.elapsed(), step=step)
-            print(log.summary(step, budget.elapsed()), flush=True)
-            last_save = time.monotonic()
-        if time.monotonic() - last_look > settings.evaluate_seconds:
-            print(f"right: {evaluate(averaged(model, ema)):.3f}", flush=True)
-            last_look = time.monotonic()
-    return averaged(model, ema)
+    looked_at = time.monotonic()
+    while not run.budget.spent():
+        run.update(training_step(model, cache, tokenizer, settings, run.step, schedule, strange))
+        run.save_if_due()
+        if time.monotonic() - looked_at > settings.evaluate_seconds:
+            evaluate(run.averaged())
+            looked_at = time.monotonic()
+    return run.averaged()

@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
-from diffusers import UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
-
 import shapes
+import torch
 from base_tokenizer import MAX_TOKENS
 from base_vae import LATENT_SCALE, to_pictures
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from judge import judge
 from training_tools import autocast
+from transformers import CLIPTextModel, CLIPTokenizer
 
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SAMPLERS = ("ddim", "euler", "euler_a")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as functional
-from diffusers import AutoencoderKL
-
 import shapes
+import torch
+from diffusers import AutoencoderKL
 from fast_norm import use_fast_norm
-from training_tools import Ema, LossLog, TimeBudget, autocast, decayed_rate, save_state
+from training_tools import Ema, TimeBudget, TrainingRun, autocast
 
 LATENT_SCALE = 0.18215  # factor between VAE latents and the denoiser's latents in SD 1.x
 HELD_OUT_SEED = 1_000_000_000
@@ -22,11 +19,11 @@ HELD_OUT_SEED = 1_000_000_000
 
 @dataclass(frozen=True)
 class VaeSettings:
-    """Settings of the VAE training. `kl_weight` is per latent element against a reconstruction loss per pixel element."""
+    """Settings of the VAE training. `kl_weight` is per latent element, the reconstruction loss per pixel element."""
 
-    minutes: float = 40.0
+    minutes: float = 27.0
     batch_size: int = 8
-    learning_rate: float = 1.2e-3
+    learning_rate: float = 1e-3
     kl_weight: float = 1e-2
     kl_rise: float = 0.5
     l2_weight: float = 2.0
@@ -85,7 +82,7 @@ def held_out_psnr(vae: AutoencoderKL, count: int = 128) -> dict[str, float]:
 
 
 def kl_weight_at(settings: VaeSettings, share: float) -> float:
-    """KL weight after `share` (0..1) of the budget: rises from 1 % to the full weight, or the latents collapse early."""
+    """KL weight after `share` (0..1) of the budget: rises from 1 % to the full weight; at once, latents collapse."""
     return settings.kl_weight * 10.0 ** (-2.0 * (1.0 - min(1.0, share / settings.kl_rise)))
 
 
@@ -116,44 +113,16 @@ def train_vae(
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     use_fast_norm(vae)
-    ema = Ema(vae, 0.999)
     weights = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, settings.learning_rate, (0.9, 0.99), weight_decay=1e-3, fused=True)
     path = work / ("vae_decoder.pt" if settings.decoder_only else "vae.pt")
-    budget, log, step = TimeBudget(settings.minutes * 60), LossLog(path.with_name(f"{path.stem}_loss.csv")), 0
-    if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
-        vae.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        budget.restore(state["elapsed"])
-        step = state["step"]
-    last_save = time.monotonic()
-    while not budget.spent():
-        first = step * settings.batch_size
-        pictures = [shapes.vae_picture(first + offset) for offset in range(settings.batch_size)]
-        rate = decayed_rate(settings.learning_rate, budget.share(), step, 200)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, parts = vae_loss(vae, to_tensor(pictures).to(device), settings, kl_weight_at(settings, budget.share()))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        ema.update(vae, step)
-        step += 1
-        log.add(step, budget.elapsed(), loss=loss.item(), **parts)
-        if time.monotonic() - last_save > settings.checkpoint_seconds or budget.spent():
-            quality = held_out_psnr(averaged(vae, ema), 48)
-            print(log.summary(step, budget.elapsed()), {k: round(v, 2) for k, v in quality.items()}, flush=True)
-            save_state(path, model=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                       elapsed=budget.elapsed(), step=step)
-            last_save = time.monotonic()
-    return averaged(vae, ema)
-
-
-def averaged(vae: AutoencoderKL, ema: Ema) -> AutoencoderKL:
-    """A copy of the model holding the averaged weights."""
-    result = copy.deepcopy(vae).eval().requires_grad_(False)
-    ema.copy_to(result)
-    return result
+    run = TrainingRun(vae, optimizer, Ema(vae, 0.999), TimeBudget(settings.minutes * 60), path,
+                      settings.learning_rate, settings.checkpoint_seconds)
+    run.resume()
+    while not run.budget.spent():
+        first = run.step * settings.batch_size
+        batch = to_tensor([shapes.vae_picture(first + offset) for offset in range(settings.batch_size)]).to(device)
+        loss, parts = vae_loss(vae, batch, settings, kl_weight_at(settings, run.budget.share()))
+        run.update(loss, **parts)
+        run.save_if_due()
+    return run.averaged()

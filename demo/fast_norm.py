@@ -103,7 +103,8 @@ static void backward_kernel(const T* grad, const T* x, T* dx, const float* w, co
 
 std::vector<torch::Tensor> norm_forward(torch::Tensor x, torch::Tensor w, torch::Tensor b, int64_t G, double eps) {
     int64_t N = x.size(0), P = x.size(1), C = x.size(2);
-    auto y = torch::empty_like(x); auto mean = torch::empty({N, G}, w.options()); auto inverse = torch::empty_like(mean);
+    auto y = torch::empty_like(x); auto mean = torch::empty({N, G}, w.options());
+    auto inverse = torch::empty_like(mean);
     if (x.scalar_type() == torch::kBFloat16)
         forward_kernel((const uint16_t*)x.data_ptr(), (uint16_t*)y.data_ptr(), w.data_ptr<float>(), b.data_ptr<float>(),
                        mean.data_ptr<float>(), inverse.data_ptr<float>(), N, P, C, G, (float)eps);
@@ -149,7 +150,7 @@ class _GroupNormFunction(torch.autograd.Function):
     """GroupNorm of x [N, C, ...] through the kernel, which sees the memory as [N, P, C]."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float) -> torch.Tensor:  # noqa: ANN001
+    def forward(ctx, x, weight, bias, groups, eps):  # noqa: ANN001, ANN205 - signature given by PyTorch
         flat = x.movedim(1, -1).contiguous()
         rows = flat.view(x.shape[0], -1, x.shape[1])
         out, mean, inverse = _kernel().norm_forward(rows, weight, bias, groups, eps)

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
-
 from judge import picture_files
+from PIL import Image, ImageDraw
 
 _PAPER, _INK, _LINE = (255, 255, 255), (40, 42, 48), (210, 212, 218)
 _CURVES = ((48, 88, 214), (218, 46, 52), (52, 168, 83), (158, 66, 200))
@@ -65,7 +64,8 @@ def loss_chart(
     chart = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(chart)
     left, top, right, bottom = 56, 12, size[0] - 12, size[1] - 26
-    smoothed = {name: [(s, max(v, 1e-9)) for s, v in smooth(points, window)] for name, points in curves.items() if points}
+    smoothed = {name: [(step, max(value, 1e-9)) for step, value in smooth(points, window)]
+                for name, points in curves.items() if points}
     if not smoothed:
         raise ValueError("the log holds no values")
     steps = [step for points in smoothed.values() for step, _ in points]

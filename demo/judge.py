@@ -21,7 +21,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-
 from shapes import ALL_SHAPES, BACKGROUNDS, COLOURS, SIZE, shape_outline
 
 UNKNOWN = "unknown"
@@ -38,7 +37,7 @@ _MAX_BACKGROUND_DISTANCE = 24.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees; every name may be "unknown". `scores` holds the overlap (0..1) with each shape's template."""
+    """What the judge sees; a name may be "unknown". `scores` holds the overlap (0..1) with each shape's template."""
 
     shape: str
     colour: str

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 OUTPUT = ROOT / "demo" / "output"
 TRAINING = "demo/config/star_training.toml"
-STAR_PICTURES, KNOWN_PICTURES = 12, 54
+STAR_PICTURES, KNOWN_PICTURES = 12, 108
 STAR_SEEDS, KNOWN_SEEDS = (1, 2, 3), (1,)
 STEPS, SCALE, SAMPLER = 20, 3.0, "ddim"
 
@@ -73,7 +73,7 @@ def known_prompts() -> list[str]:
 
 
 def write_training_pictures() -> None:
-    """The pictures of the new concept and the regularisation pictures, with their caption files."""
+    """The pictures of the new concept and of what is known, with their caption files."""
     from shapes import write_pictures
 
     write_pictures(OUTPUT / "star_pictures", "star", STAR_PICTURES)
@@ -82,7 +82,7 @@ def write_training_pictures() -> None:
 
 def train_lora(*, cpu: bool) -> Path:
     """Run train_network.py as a user would; returns the LoRA file."""
-    threads = str(os.cpu_count() or 1)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
                "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads,
                *(["--cpu"] if cpu else []), "train_network.py", "--config_file", TRAINING]  # fmt: skip

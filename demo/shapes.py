@@ -72,7 +72,7 @@ def combinations(shapes: tuple[str, ...] = KNOWN_SHAPES) -> list[tuple[str, str,
 
 
 def regular_polygon(points: int, tilt: float = 0.0, inner: float | None = None) -> np.ndarray:
-    """Corners [n, 2] of a regular polygon of circumradius 1, first corner up; with `inner` a star of that inner radius."""
+    """Corners [n, 2] of a regular polygon of circumradius 1, first one up; with `inner` a star of that inner radius."""
     count = points if inner is None else 2 * points
     angles = np.arange(count) * (2 * np.pi / count) - np.pi / 2 + tilt
     radii = np.ones(count) if inner is None else np.where(np.arange(count) % 2 == 0, 1.0, inner)
@@ -228,7 +228,7 @@ def vae_picture(seed: int, size: int = SIZE) -> np.ndarray:
 
 
 def even_order(shape: str) -> list[tuple[str, str, str]]:
-    """All combinations of one shape, ordered so that any beginning shows colours and backgrounds about equally often."""
+    """All combinations of one shape; any beginning shows the colours and the backgrounds about equally often."""
     grounds = list(BACKGROUNDS)
     return [(shape, colour, grounds[(index + turn) % len(grounds)])
             for turn in range(len(grounds)) for index, colour in enumerate(COLOURS)]
@@ -247,7 +247,8 @@ def write_pictures(output: Path, kind: str, count: int, seed: int = 0, extension
         picture, scene = known_picture(seed * 100_003 + index, combination=triples[index % len(triples)])
         path = output / f"{kind}_{index:04d}.{extension}"
         Image.fromarray(picture).save(path, **({"quality": 95} if extension in ("jpg", "jpeg") else {}))
-        path.with_suffix(".txt").write_text(scene.caption(STAR_TOKEN if kind == "star" else "") + "\n", encoding="utf-8")
+        caption = scene.caption(STAR_TOKEN if kind == "star" else "")
+        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         paths.append(path)
     return paths
 

@@ -56,7 +56,7 @@ def main() -> None:
     """Command line: train, save, show."""
     parser = argparse.ArgumentParser(description="train the demo's base model from nothing")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and the tokenizer")
-    parser.add_argument("--work", type=Path, default=Path("demo_work"), help="folder for states, logs and pictures")
+    parser.add_argument("--work", type=Path, default=Path("demo/work"), help="folder for states, logs and pictures")
     parser.add_argument("--minutes-vae", type=float, default=27.0, help="training time of the VAE")
     parser.add_argument("--minutes-decoder", type=float, default=10.0, help="further training of its decoder alone")
     parser.add_argument("--minutes-denoiser", type=float, default=60.0, help="training time of U-Net and text encoder")

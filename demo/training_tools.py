@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 class TimeBudget:
@@ -95,11 +100,6 @@ class LossLog:
         return f"step {step} after {seconds / 60:.1f} min: {values}"
 
 
-def decayed_rate(rate: float, share: float, step: int, warmup: int) -> float:
-    """Learning rate: linear warm-up over `warmup` steps, then a cosine down to 2 % as `share` goes 0..1."""
-    return rate * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-
-
 @contextlib.contextmanager
 def autocast(device: torch.device) -> Iterator[None]:
     """bfloat16 autocast on the device."""
@@ -112,3 +112,64 @@ def save_state(path: Path, **state: Any) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
+
+
+@dataclass
+class TrainingRun:
+    """Everything a training loop needs between two steps; its state survives in the file `path`."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema
+    budget: TimeBudget
+    path: Path
+    learning_rate: float
+    checkpoint_seconds: float
+    warmup: int = 250
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.log = LossLog(self.path.with_name(f"{self.path.stem}_loss.csv"))
+        self._saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Take over the state of an earlier run, if there is one."""
+        if not self.path.exists():
+            return
+        device = next(self.model.parameters()).device
+        state = torch.load(self.path, map_location=device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.budget.restore(state["elapsed"])
+        self.step = state["step"]
+
+    def update(self, loss: torch.Tensor, **parts: float) -> None:
+        """One optimizer step from a scalar loss. The rate warms up, then falls as a cosine to 2 %."""
+        share = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.budget.share()))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * min(1.0, (self.step + 1) / self.warmup) * share
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        self.optimizer.step()
+        self.ema.update(self.model, self.step)
+        self.step += 1
+        self.log.add(self.step, self.budget.elapsed(), loss=loss.item(), **parts)
+
+    def save_if_due(self) -> bool:
+        """Write the state now and then and at the end of the budget; whether it was written."""
+        if time.monotonic() - self._saved_at < self.checkpoint_seconds and not self.budget.spent():
+            return False
+        save_state(self.path, model=self.model.state_dict(), ema=self.ema.state_dict(),
+                   optimizer=self.optimizer.state_dict(), elapsed=self.budget.elapsed(), step=self.step)
+        self._saved_at = time.monotonic()
+        logger.info(self.log.summary(self.step, self.budget.elapsed()))
+        return True
+
+    def averaged(self) -> nn.Module:
+        """A copy of the model holding the averaged weights."""
+        result = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.ema.copy_to(result)
+        return result
