@@ -71,14 +71,12 @@ def test_latents_are_normalised_without_changing_pictures() -> None:
     assert (variance - 1).abs().max() < 0.05
 
 
-def test_fast_group_norm_equals_pytorchs() -> None:
+def test_the_norm_used_for_training_equals_pytorchs() -> None:
     torch.manual_seed(0)
     plain, fast = torch.nn.GroupNorm(8, 16), torch.nn.Sequential(torch.nn.GroupNorm(8, 16))
     torch.nn.init.normal_(plain.weight)
     fast[0].load_state_dict(plain.state_dict())
     fast_norm.use_fast_norm(fast)
-    if type(fast[0]) is not fast_norm.FastGroupNorm:
-        pytest.skip("no C++ compiler")
     weights = torch.randn(2, 16, 5, 5)
     inputs = torch.randn(2, 16, 5, 5).requires_grad_()
     results = []
