@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -185,3 +186,35 @@ def test_tensorboard_gets_the_scalars_that_users_know(photos, tmp_path):
     assert [event.step for event in events.Scalars("loss/current")] == [1, 2, 3]
     assert events.Scalars("lr/unet")[0].value == pytest.approx(2e-3)
     assert events.Scalars("lr/textencoder")[0].value == pytest.approx(1e-4)
+
+
+def test_a_metadata_file_gives_captions_and_tags(photos, tmp_path):
+    entries = {"cat": {"caption": "a cat", "tags": "whiskers, looking"}, "rocket.jpg": {"caption": "a rocket"}}
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
+    path = train("--train_data_dir", photos, "--in_json", tmp_path / "meta.json", "--resolution", "128",
+                 "--max_train_steps", "2", output_dir=tmp_path / "out")
+    assert_finite_and_trained(path)
+    assert json.loads(metadata_of(path)["ss_dataset_dirs"]) == {"meta.json": {"n_repeats": 1, "img_count": 2}}
+
+
+def test_mask_images_decide_where_the_loss_counts(photos, tmp_path):
+    masks = {"white": 255, "half": None, "black": 0}
+    results = {}
+    for name, level in masks.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in photos.glob("*.jpg"):
+            mask = Image.new("RGB", Image.open(path).size, (level or 0,) * 3)
+            if level is None:
+                mask.paste((255, 255, 255), (0, 0, mask.width // 2, mask.height))
+            mask.save(folder / f"{path.stem}.png")
+        images = Path(shutil.copytree(photos, tmp_path / f"images-{name}", ignore=shutil.ignore_patterns("coffee*")))
+        config = write_config(tmp_path, images, subset=f"conditioning_data_dir = {str(folder)!r}")
+        results[name] = load_file(train("--dataset_config", config, "--masked_loss", "--max_train_steps", "1",
+                                        output_dir=tmp_path / f"out-{name}"))
+    plain = load_file(train("--dataset_config", write_config(tmp_path, tmp_path / "images-white"),
+                            "--max_train_steps", "1", output_dir=tmp_path / "out-plain"))
+    ups = [key for key in plain if "lora_up" in key]
+    assert all(torch.allclose(plain[key], results["white"][key], atol=1e-6) for key in ups)
+    assert any(not torch.allclose(plain[key], results["half"][key], atol=1e-5) for key in ups)
+    assert all(results["black"][key].abs().max() == 0 for key in ups)

@@ -46,7 +46,6 @@ NOT_YET: Mapping[str, NotYet] = MappingProxyType(
         "wandb_run_name": NotYet("Weights & Biases is not supported yet"),
         "wandb_api_key": NotYet("Weights & Biases is not supported yet"),
         "fused_backward_pass": NotYet("stepping inside the backward pass is not supported yet"),
-        "in_json": NotYet("metadata files are not supported yet; use caption files"),
         "dataset_class": NotYet("dataset classes of your own are not supported yet"),
     }
 )
