@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from library.checkpoints.layout_sdxl import SdxlUnetConfig
+from library.checkpoints.layout_unet import Level, UnetStructure
+
 
 def sd_unet(**config) -> nn.Module:
     """diffusers' U-Net; without arguments a tiny one with attention on three levels."""
@@ -49,77 +52,29 @@ def bare_clip(width: int = 32, layers: int = 2, mlp: int = 64) -> nn.Module:
     )
 
 
-class ResnetBlock2D(nn.Module):
-    """The layers of an SDXL resnet in checkpoint naming."""
-
-    def __init__(self, in_channels: int, channels: int, time_width: int) -> None:
-        super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, channels, 3, padding=1)
-        )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_width, channels))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Identity(), nn.Conv2d(channels, channels, 3, padding=1)
-        )
-        if in_channels != channels:
-            self.skip_connection = nn.Conv2d(in_channels, channels, 1)
-
-
-class Downsample2D(nn.Module):
-    """An SDXL downsampler."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+def sdxl_config(
+    channels: tuple[int, ...] = (32, 32, 64), depths: tuple[int, ...] = (0, 2, 1), context: int = 192, head: int = 32
+) -> SdxlUnetConfig:
+    """SDXL's shape (two resnets per level, one more on the way up) with attention `depths` per level."""
+    last = len(channels) - 1
+    return SdxlUnetConfig(
+        in_channels=4, out_channels=4, channels=channels, heads=tuple(c // head for c in channels),
+        structure=UnetStructure(
+            down=tuple(Level((depth,) * 2, index < last) for index, depth in enumerate(depths)), middle=depths[-1],
+            up=tuple(Level((depth,) * 3, index < last) for index, depth in enumerate(reversed(depths))),
+        ),
+        context_width=context, vector_width=2816 if context == 2048 else 64 + 6 * 8, time_width=4 * channels[0],
+    )  # fmt: skip
 
 
-class Upsample2D(nn.Module):
-    """An SDXL upsampler."""
+def sdxl_unet(*args, **options) -> nn.Module:
+    """SDXL's U-Net for the arguments of `sdxl_config`; without any a tiny one."""
+    from library.models.unet_sdxl import SdxlUNet2DConditionModel
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return SdxlUNet2DConditionModel(sdxl_config(*args, **options))
 
 
-class SdxlUNet2DConditionModel(nn.Module):
-    """The module tree of an SDXL U-Net (three levels of two, three resnets on the way up), without its forward."""
-
-    def __init__(self, channels: tuple[int, int, int], depths: tuple[int, int, int], context: int, head: int) -> None:
-        super().__init__()
-        self.context, self.head, self.time_width = context, head, 4 * channels[0]
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(4, channels[0], 3, padding=1)])])
-        skips, width = [channels[0]], channels[0]
-        for level, (channel, depth) in enumerate(zip(channels, depths, strict=True)):
-            for _ in range(2):
-                self.input_blocks.append(self._block(width, channel, depth))
-                width = channel
-                skips.append(width)
-            if level < 2:
-                self.input_blocks.append(nn.ModuleList([Downsample2D(width)]))
-                skips.append(width)
-        middle = self._block(width, width, depths[-1])
-        self.middle_block = nn.ModuleList([*middle, ResnetBlock2D(width, width, self.time_width)])
-        self.output_blocks = nn.ModuleList()
-        for level, (channel, depth) in reversed(list(enumerate(zip(channels, depths, strict=True)))):
-            for item in range(3):
-                block = self._block(width + skips.pop(), channel, depth)
-                width = channel
-                if item == 2 and level > 0:
-                    block.append(Upsample2D(width))
-                self.output_blocks.append(block)
-
-    def _block(self, in_channels: int, channels: int, depth: int) -> nn.ModuleList:
-        from diffusers.models.transformers.transformer_2d import Transformer2DModel
-
-        block = nn.ModuleList([ResnetBlock2D(in_channels, channels, self.time_width)])
-        if depth:
-            block.append(
-                Transformer2DModel(
-                    channels // self.head, self.head, channels, num_layers=depth, cross_attention_dim=self.context,
-                    use_linear_projection=True,
-                )  # fmt: skip
-            )
-        return block
+FULL_SDXL = {"channels": (320, 640, 1280), "depths": (0, 2, 10), "context": 2048, "head": 64}
 
 
 def randomize(network: nn.Module, scale: float = 0.1) -> None:

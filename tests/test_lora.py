@@ -281,7 +281,7 @@ def test_no_rate_at_all_is_an_error(models):
 
 
 def test_two_encoders_may_have_rates_of_their_own():
-    unet = hosts.SdxlUNet2DConditionModel((32, 32, 64), (0, 2, 1), 192, 32)
+    unet = hosts.sdxl_unet()
     network = applied(([hosts.ClipEncoder(), hosts.ClipEncoder(32, 3)], unet))
     assert group_table(network, [1e-4, 2e-4], 1e-3, None) == [
         ("textencoder 1", 1e-4, 24), ("textencoder 2", 2e-4, 36), ("unet", 1e-3, 364),
@@ -536,7 +536,7 @@ def test_every_sdxl_layer_has_a_diffusers_name():
 
 
 def test_sdxl_files_in_diffusers_naming_load(caplog):
-    unet = hosts.SdxlUNet2DConditionModel((32, 32, 64), (0, 2, 1), 192, 32)
+    unet = hosts.sdxl_unet()
     models = [hosts.ClipEncoder(), hosts.ClipEncoder()], unet
     network = make(models)
     hosts.randomize(network)

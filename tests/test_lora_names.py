@@ -36,7 +36,7 @@ def sd21():
 @pytest.fixture(scope="module")
 def sdxl():
     with torch.device("meta"):
-        unet = hosts.SdxlUNet2DConditionModel((320, 640, 1280), (0, 2, 10), 2048, 64)
+        unet = hosts.sdxl_unet(**hosts.FULL_SDXL)
         return [hosts.ClipEncoder(768, 12, 3072), hosts.ClipEncoder(1280, 32, 5120)], unet
 
 
@@ -127,7 +127,7 @@ def test_one_encoder_in_a_list_is_named_like_a_bare_one():
 def test_initial_weights_repeat_a_recorded_run():
     """A recorded SDXL run with seed 42: after six latent samples the generator makes exactly these weights."""
     recorded = load_file(DATA / "golden" / "runs" / "init" / "init_c7023a71.safetensors")
-    unet = hosts.SdxlUNet2DConditionModel((32, 32, 64), (0, 2, 1), 192, 32)
+    unet = hosts.sdxl_unet()
     encoders = [hosts.ClipEncoder(64, 3, 128), hosts.ClipEncoder(128, 3, 128)]
     torch.manual_seed(42)
     for _ in range(6):

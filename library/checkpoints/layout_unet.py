@@ -213,9 +213,10 @@ def unet_config(shapes: Shapes, *, heads: Any = None) -> dict[str, Any]:
     represent.
     """
     structure = structure_of_original(shapes)
-    _check_structure(structure)
-    channels = _level_channels(shapes, structure)
-    context = _context_width(shapes)
+    check_levels(structure)
+    _check_even_attention(structure)
+    channels = level_channels(shapes, structure)
+    context = context_width(shapes)
     linear = any(_is_projection(k) and len(s) == 2 for k, s in shapes.items())
     depths = [max(level.depths, default=0) for level in structure.down]
     has_attention = [depth > 0 for depth in depths]
@@ -258,7 +259,8 @@ def _middle_type(middle: int | None) -> str | None:
     return "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"
 
 
-def _level_channels(shapes: Shapes, structure: UnetStructure) -> list[int]:
+def level_channels(shapes: Shapes, structure: UnetStructure) -> list[int]:
+    """The width of every level of an original-layout U-Net."""
     channels, index = [], 1
     for level in structure.down:
         channels.append(shapes[f"input_blocks.{index}.0.out_layers.3.weight"][0])
@@ -266,14 +268,16 @@ def _level_channels(shapes: Shapes, structure: UnetStructure) -> list[int]:
     return channels
 
 
-def _context_width(shapes: Shapes) -> int:
+def context_width(shapes: Shapes) -> int:
+    """The width of the text states that the cross-attentions take. Raises ValueError if there are none."""
     for key, shape in shapes.items():
         if key.endswith("attn2.to_k.weight"):
             return shape[1]
     raise ValueError("The U-Net has no cross-attention (no attn2.to_k.weight): it cannot be conditioned on text.")
 
 
-def _check_structure(structure: UnetStructure) -> None:
+def check_levels(structure: UnetStructure) -> None:
+    """Raises ValueError unless every level has one resnet more on the way up than on the way down."""
     if not structure.down[0].depths or not structure.up[0].depths:
         raise ValueError("The U-Net has no input_blocks or output_blocks in the original layout.")
     if len(structure.down) != len(structure.up):
@@ -281,6 +285,9 @@ def _check_structure(structure: UnetStructure) -> None:
     for down, up in zip(structure.down, reversed(structure.up), strict=True):
         if len(up.depths) != len(down.depths) + 1:
             raise ValueError(f"A U-Net level has {len(down.depths)} resnets down but {len(up.depths)} up; expected +1.")
+
+
+def _check_even_attention(structure: UnetStructure) -> None:
     for side, levels in (("down", structure.down), ("up", structure.up)):
         for number, level in enumerate(levels):
             if any(level.depths) and not all(level.depths):
