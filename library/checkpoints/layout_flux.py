@@ -6,12 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from library.checkpoints import layout_vae
 from library.checkpoints.recognition import UNET_PREFIX, check_not_quantised, is_ignorable
-from library.checkpoints.tensors import LazyTensors, Operation, RenamedTensors, Shapes, dtypes_of, shapes_of
+from library.checkpoints.tensors import (
+    JoinedTensors,
+    LazyTensors,
+    Operation,
+    RenamedTensors,
+    Shapes,
+    shapes_of,
+    swap_halves,
+)
 
 COMPANION_PREFIXES = (*layout_vae.VAE_PREFIXES, "text_encoders.")
 _BLOCK = re.compile(r"^(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.(\d+)\.")
@@ -145,29 +152,6 @@ def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
 
 
 # --- diffusers -------------------------------------------------------------------------------------------------
-class _JoinedTensors(LazyTensors):
-    """Tensors of which each is several others, joined along the first dimension."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]) -> None:
-        self._tensors = tensors
-        self._parts = parts
-        self.source = getattr(tensors, "source", "the given tensors")
-        self.metadata = dict(getattr(tensors, "metadata", {}))
-        shapes, dtypes = shapes_of(tensors), dtypes_of(tensors)
-        self.shapes = {
-            key: (sum(shapes[part][0] for part in names), *shapes[names[0]][1:]) for key, names in parts.items()
-        }
-        self.dtypes = {key: dtypes[names[0]] for key, names in parts.items()}
-
-    def __getitem__(self, key: str) -> Tensor:
-        names = self._parts[key]
-        tensor = self._tensors[names[0]]
-        if len(names) > 1:
-            rest = [self._tensors[name].to(tensor.dtype) for name in names[1:]]
-            tensor = torch.cat([tensor, *rest])
-        return _swap_halves(tensor) if key.startswith(_MODULATION_OF_THE_OUTPUT) else tensor
-
-
 def to_original(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """A diffusers FLUX transformer (no prefix) under original names; q, k, v are joined while reading.
 
@@ -184,7 +168,8 @@ def to_original(tensors: Mapping[str, Tensor]) -> LazyTensors:
         elif len(missing) < len(names):
             raise ValueError(f"{source}: {', '.join(missing)} missing, which {original} is made of.")
     _refuse_unknown(set(shapes) - {name for names in parts.values() for name in names}, source)
-    return _JoinedTensors(tensors, parts)
+    swapped = [key for key in parts if key.startswith(_MODULATION_OF_THE_OUTPUT)]
+    return JoinedTensors(tensors, parts, swapped)
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> RenamedTensors:
@@ -200,7 +185,7 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> RenamedTensors:
     for original in shapes:
         names = table[original]
         if original.startswith(_MODULATION_OF_THE_OUTPUT):
-            plan[names[0]] = (original, _swap_halves)
+            plan[names[0]] = (original, swap_halves)
         elif len(names) == 1:
             plan[names[0]] = (original, None)
         else:
@@ -229,11 +214,6 @@ def _refuse_unknown(keys: set[str], source: str) -> None:
             f"{source}: {len(keys)} keys do not belong to a FLUX transformer: {', '.join(sorted(keys)[:10])}."
         )
 
-
-def _swap_halves(tensor: Tensor) -> Tensor:
-    """Shift above scale (original) <-> scale above shift (diffusers)."""
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
 
 
 def _rows(begin: int, end: int | None) -> Operation:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.checkpoints import layout_clip, layout_vae
 from library.checkpoints.recognition import UNET_PREFIX, ModelKind, check_not_quantised, is_ignorable, recognise
-from library.checkpoints.tensors import LazyTensors, Operation, RenamedTensors, Shapes, dtypes_of, shapes_of
+from library.checkpoints.tensors import JoinedTensors, LazyTensors, Operation, RenamedTensors, Shapes, shapes_of
 
 logger = logging.getLogger(__name__)
 
@@ -228,26 +228,6 @@ _JOINED = {part.format(letter): (whole, index) for part, whole in _THIRDS.items(
 _DIFFUSERS_BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.(.+)$")
 
 
-class _JoinedTensors(LazyTensors):
-    """Tensors that are each several others one below the other; nothing is read before it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], plan: Mapping[str, list[str]], swapped: set[str]) -> None:
-        self._tensors, self._plan, self._swapped = tensors, plan, swapped
-        self.source = getattr(tensors, "source", "the given tensors")
-        self.metadata = dict(getattr(tensors, "metadata", {}))
-        shapes, dtypes = shapes_of(tensors), dtypes_of(tensors)
-        self.shapes, self.dtypes = {}, {}
-        for new, parts in plan.items():
-            first = shapes[parts[0]]
-            self.shapes[new] = (sum(shapes[part][0] for part in parts), *first[1:]) if len(parts) > 1 else first
-            self.dtypes[new] = dtypes[parts[0]]
-
-    def __getitem__(self, key: str) -> Tensor:
-        parts = [self._tensors[name] for name in self._plan[key]]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return torch.cat(tensor.chunk(2)[::-1]) if key in self._swapped else tensor
-
-
 def from_diffusers(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """A transformer in diffusers layout (no outer prefix) under original names.
 
@@ -279,4 +259,4 @@ def from_diffusers(tensors: Mapping[str, Tensor]) -> LazyTensors:
             raise ValueError(f"{name} needs q, k and v; found only {', '.join(parts.values())}.")
         whole[name] = [parts[index] for index in range(3)]
     swapped = {key for key in whole if key.rpartition(".")[0] in (last, "final_layer.adaLN_modulation.1")}
-    return _JoinedTensors(tensors, whole, swapped)
+    return JoinedTensors(tensors, whole, swapped)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -128,6 +128,38 @@ class RenamedTensors(LazyTensors):
         name, operation = self._plan[key]
         tensor = self._tensors[name]
         return tensor if operation is None else operation(tensor)
+
+
+class JoinedTensors(LazyTensors):
+    """Tensors that are each one or several others, joined along the first dimension; read when they are asked for.
+
+    The two halves of the keys in `swapped` change places after joining.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]], swapped: Collection[str] = ()
+    ) -> None:
+        self._tensors, self._parts, self._swapped = tensors, parts, frozenset(swapped)
+        self.source = getattr(tensors, "source", "the given tensors")
+        self.metadata = dict(getattr(tensors, "metadata", {}))
+        shapes, dtypes = shapes_of(tensors), dtypes_of(tensors)
+        self.shapes = {}
+        for key, names in parts.items():
+            first = shapes[names[0]]
+            self.shapes[key] = first if len(names) == 1 else (sum(shapes[name][0] for name in names), *first[1:])
+        self.dtypes = {key: dtypes[names[0]] for key, names in parts.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        names = self._parts[key]
+        tensor = self._tensors[names[0]]
+        if len(names) > 1:
+            tensor = torch.cat([tensor, *(self._tensors[name].to(tensor.dtype) for name in names[1:])])
+        return swap_halves(tensor) if key in self._swapped else tensor
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """Scale and shift of a modulation in the other order: the two halves of the first dimension change places."""
+    return torch.cat(tensor.chunk(2)[::-1])
 
 
 class _ShardedTensors(LazyTensors):
