@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from library.checkpoints import layout_clip, layout_unet, layout_vae
-from library.checkpoints.recognition import UNET_PREFIX, is_ignorable, is_stale
+from library.checkpoints.recognition import UNET_PREFIX, is_ignorable, preserved
 from library.checkpoints.tensors import LazyTensors, RenamedTensors, Shapes, shapes_of
-
-logger = logging.getLogger(__name__)
 
 VAE_PREFIX = "first_stage_model."
 SD1_TEXT_PREFIX = "cond_stage_model.transformer."
@@ -136,15 +133,4 @@ def preserved_tensors(source: LazyTensors, written: Mapping[str, Tensor]) -> dic
     EMA copies and position ids are left out (stale after training); everything else keeps its bits.
     """
     canonical = normalize(source).origins()
-    kept: dict[str, Tensor] = {}
-    stale = 0
-    for key in source:
-        if canonical.get(key, key) in written:
-            continue
-        if is_stale(key):
-            stale += key.startswith("model_ema.")
-            continue
-        kept[key] = source[key]
-    if stale:
-        logger.info("%s: its %d EMA weights are not written again (stale after training)", source.source, stale)
-    return kept
+    return preserved(source, lambda key: canonical.get(key, key) in written)

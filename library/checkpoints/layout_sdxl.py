@@ -12,7 +12,7 @@ from torch import Tensor
 
 from library.checkpoints import layout_clip, layout_unet, layout_vae
 from library.checkpoints.layout_unet import UnetStructure
-from library.checkpoints.recognition import UNET_PREFIX, ModelKind, check_kind, is_ignorable, is_stale
+from library.checkpoints.recognition import UNET_PREFIX, ModelKind, check_kind, is_ignorable, preserved
 from library.checkpoints.tensors import LazyTensors, RenamedTensors, Shapes, dtypes_of, shapes_of
 
 logger = logging.getLogger(__name__)
@@ -152,18 +152,8 @@ def preserved_tensors(source: LazyTensors, written: Mapping[str, Tensor]) -> dic
     EMA copies and position ids are left out (stale after training); markers such as `v_pred`, schedules and, where no
     VAE is written, the VAE keep their bits.
     """
-    kept: dict[str, Tensor] = {}
-    stale = 0
-    for key in source:
-        if (_normal_name(key) or key) in written or key == f"{TEXT2_PREFIX}text_projection.weight":
-            continue
-        if is_stale(key):
-            stale += key.startswith("model_ema.")
-            continue
-        kept[key] = source[key]
-    if stale:
-        logger.info("%s: its %d EMA weights are not written again (stale after training)", source.source, stale)
-    return kept
+    projection = f"{TEXT2_PREFIX}text_projection.weight"
+    return preserved(source, lambda key: (_normal_name(key) or key) in written or key == projection)
 
 
 # --- dimensions ------------------------------------------------------------------------------------------------

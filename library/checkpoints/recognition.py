@@ -1,11 +1,17 @@
-"""Says what a model file is by looking at its keys, and which keys in it mean nothing."""
+"""Says what a model file is by its keys, which keys mean nothing, and which are kept when it is written again."""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable
 from enum import Enum
 
-from library.checkpoints.tensors import Shapes
+from torch import Tensor
+
+from library.checkpoints.tensors import LazyTensors, Shapes
+
+logger = logging.getLogger(__name__)
 
 UNET_PREFIX = "model.diffusion_model."
 
@@ -135,3 +141,19 @@ def check_not_quantised(shapes: Shapes, *, source: str) -> None:
             raise ValueError(f"{source} is quantised ({key}); use a checkpoint with float weights.")
         if key.endswith(_SCALED) or key == "scaled_fp8":
             raise ValueError(f"{source} holds scaled fp8 weights ({key}); use a checkpoint with float weights.")
+
+
+def preserved(source: LazyTensors, is_replaced: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors of `source` that nothing written replaces, bit by bit, without what is stale after training."""
+    kept: dict[str, Tensor] = {}
+    averages = 0
+    for key in source:
+        if is_replaced(key):
+            continue
+        if is_stale(key):
+            averages += key.startswith("model_ema.")
+            continue
+        kept[key] = source[key]
+    if averages:
+        logger.info("%s: its %d EMA weights are not written again (stale after training)", source.source, averages)
+    return kept
