@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from library.lr_schedulers import create_lr_scheduler
 from library.metadata import RunFacts, TrainingMetadata
 from library.methods.base import ParameterGroup, Placement, TrainingMethod
 from library.optimizers import create_optimizer
+from library.options import non_default
 from library.options.errors import UserError
 from library.saving import SaveNames, Saver
 from library.train_util import (
@@ -54,12 +56,14 @@ def train(
     family = family_class(options)
     method = method_class(options, family)
     raise_problems(family.check_options() + method.check_options() + sampling_problems(options))
+    warn_without_effect(options, {**family.without_effect, **method.without_effect})
+    method.prepare_text()
     resumed = resumed_progress(options)
     accelerator = make_accelerator(options, started_at)
     seed = resolve_seed(options, resumed, accelerator)
     devices.seed_all(seed)
 
-    group = load_data(options, family, kinds, seed, is_main_process=accelerator.is_main_process)
+    group = load_data(options, method, kinds, seed, is_main_process=accelerator.is_main_process)
     if options.dataset.debug_dataset:
         show_data(options, group)
         return
@@ -69,6 +73,9 @@ def train(
     start = starting_position(options, plan, resumed)
     placement = load_models(options, family, method, group, accelerator)
     run, groups = make_run(options, method, placement, accelerator, plan, seed)
+    for encoder in family.text_encoders:
+        if encoder is not None:
+            encoder.to(accelerator.device)
     run.position = start
     if resumed:
         run.resume(Path(str(options.saving.resume)), resumed)
@@ -81,21 +88,31 @@ def raise_problems(problems: list[str]) -> None:
         raise UserError(problems)
 
 
+def warn_without_effect(options: Options, reasons: Mapping[str, str]) -> None:
+    """One warning for each option that is set and that this family or method accepts without using it."""
+    for name in non_default(options):
+        if name in reasons:
+            logger.warning("--%s has no effect: %s", name, reasons[name])
+
+
 def load_data(
-    options: Options, family: ModelFamily, kinds: SupportedKinds, seed: int, *, is_main_process: bool
+    options: Options, method: TrainingMethod, kinds: SupportedKinds, seed: int, *, is_main_process: bool
 ) -> DatasetGroup:
     """Dataset file or folders -> batches."""
-    validation = options.validation
+    family, validation = method.family, options.validation
     config = load_data_config(
-        options.dataset, kinds, bucket_step=family.latent.bucket_step, validation_split=validation.validation_split,
+        options.dataset, kinds, bucket_step=family.latent.bucket_step, resolution_step=family.latent.pixel_unit,
+        validation_split=validation.validation_split,
         validation_seed=seed if validation.validation_seed is None else validation.validation_seed,
     )
     found = discover_all(config, Surroundings(family.latent.cache_suffix, is_main_process))
     records = [parts.training for parts in found]
     group = build_group(
-        config, records, spec=family.latent, tokenize=family.tokenize, seed=seed,
+        config, records, spec=family.latent, tokenize=method.tokenize, seed=seed,
         prior_loss_weight=options.loss.prior_loss_weight,
     )
+    group.check_bucket_sizes(family.latent.pixel_unit)
+    group.caption_replacements = method.caption_replacements
     logger.info("%s", describe(config, records))
     if is_main_process and not options.cache.cache_latents:
         check_images(group)  # caching decodes every image anyway
@@ -242,13 +259,15 @@ def make_outputs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], st
 
     def write_model(path: Path, epoch: int, steps: int) -> None:
         with run.inference():
-            method.save(path, dtype=precision.save, metadata=metadata.at(epoch=epoch, steps=steps))
+            method.save(
+                path, dtype=precision.save, metadata=metadata.at(epoch=epoch, steps=steps), counters=(epoch, steps)
+            )
 
     saver = Saver(
         options, names, run.plan.save_every_n_epochs(options), accelerator.is_main_process, write_model, run.save_state,
         accelerator.wait_for_everyone,
     )
-    sampler = TrainingSampler(options, accelerator=accelerator)
+    sampler = TrainingSampler(options, accelerator=accelerator, predict_for=method.predict_for)
     skipped = options.training.skip_until_initial_step
     done = run.position.step
     log = progress.RunLog(

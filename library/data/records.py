@@ -27,6 +27,7 @@ class LatentSpec:
     cache_suffix: str  # file name ending of a latent cache, e.g. "_sd.npz"
     cache_keys_have_size: bool = False  # keys in the file end in `_<h>x<w>` (latent units)
     cache_is_scaled: bool = False  # cached values are model input already
+    pixel_unit: int = 8  # sides of training images are multiples of it
 
     def normalize(self, z: Tensor) -> Tensor:
         """VAE latents [B,C,h,w] -> model input."""
@@ -35,6 +36,20 @@ class LatentSpec:
     def denormalize(self, x: Tensor) -> Tensor:
         """Model latents [B,C,h,w] -> VAE latents."""
         return x / self.scale + self.shift
+
+
+@dataclass(frozen=True)
+class TextCacheSpec:
+    """What the data rooms need to know about one family's cached text-encoder outputs.
+
+    An entry holds one array per name of `arrays`, without a batch dimension; the same names appear in
+    `Batch.text_outputs`.
+    """
+
+    suffix: str  # file name ending, e.g. "_te_outputs.npz"
+    arrays: tuple[str, ...]
+    flags: Mapping[str, bool] = field(default_factory=dict)  # boolean scalars in the file that must be as here
+    lengths: Mapping[str, int] = field(default_factory=dict)  # array -> first dimension that it must have
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,12 @@ Predict = Callable[[Tensor, Tensor, Conditioning, SizeConditioning], Tensor]
 class DrawSettings:
     """How all images of a run are drawn.
 
-    `predict_for` replaces `family.predict` (ControlNet). `style` says how prompts are read (None: the family's own
-    way). `hooks` are asked for a step hook once per batch. `vae_batch_size` images are decoded together.
+    `predict_for` replaces `family.predict` where it gives something (ControlNet). `style` says how prompts are read
+    (None: the family's own way). `hooks` are asked for a step hook once per batch. `vae_batch_size` images are decoded
+    together.
     """
 
-    predict_for: Callable[[ImageRequest], Predict] | None = None
+    predict_for: Callable[[ImageRequest], Predict | None] | None = None
     style: PromptStyle | None = None
     hooks: Sequence[HookFactory] = ()
     vae_batch_size: int = 1
@@ -108,7 +109,7 @@ def _denoise(
         x = sampler.noised(latents, noise, start.noise_step)
         if request.mask_image is not None:
             masks.append(KeepOutsideMask(latents, noise, _kept(batch, latent_hw, device)))
-    predict = family.predict if settings.predict_for is None else settings.predict_for(request)
+    predict = (settings.predict_for(request) if settings.predict_for else None) or family.predict
     conditioning, sizes = _guidance_rows(family, batch, spec, settings.style, device)
     drawing = Drawing(
         family, batch, sampler, conditioning, sizes, predict, [noise.of_sampler for noise in noises], dtype

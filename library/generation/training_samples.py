@@ -71,7 +71,7 @@ class TrainingSampler:
 
     def __init__(
         self, options: Options, *, accelerator: Accelerator,
-        predict_for: Callable[[ImageRequest], Predict] | None = None,
+        predict_for: Callable[[ImageRequest], Predict | None] | None = None,
     ) -> None:
         problems = sampling_problems(options)
         if problems:

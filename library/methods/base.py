@@ -8,17 +8,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from library.data.records import Batch
-from library.families.base import Conditioning, ModelFamily, SizeConditioning
+from library.families.base import Conditioning, ModelFamily, SizeConditioning, Tokenize
 from library.losses import apply_mask, elementwise_loss
 from library.noise import NoiseConfig, draw_noise, perturb
 
 if TYPE_CHECKING:
+    from library.generation.engine import Predict
+    from library.generation.request import ImageRequest
     from library.objectives import NoiseLevel, Objective
     from library.options import Options
 
@@ -33,7 +36,6 @@ class Placement:
     device: torch.device
     weight_dtype: torch.dtype  # frozen weights
     trained_dtype: torch.dtype  # weights that the optimizer steps
-    text_outputs_cached: bool = False  # no text encoder is needed while training
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,17 @@ class LossRecipe:
 class TrainingMethod(ABC):
     """What is trained, with which loss, and how it is saved; never asks which family it has.
 
-    Life: construct (cheap) -> `check_options` -> family.load -> `before_caching` -> caches -> `attach` -> loop
-    -> -> `save`.
+    Life: construct (cheap) -> `check_options` -> `prepare_text` -> data -> family.load -> `before_caching` -> caches
+    -> `attach` -> cached text encoders released -> loop -> `save`.
     """
 
     #: default of `--log_tracker_name`
     tracker_name: str
     #: whether `ss_*` training metadata belongs into the saved file
     writes_training_metadata: bool = False
+
+    #: options that are accepted and mean nothing for this method -> why (they warn once when set)
+    without_effect: Mapping[str, str] = MappingProxyType({})
 
     trainable: nn.ModuleDict  # after `attach`: what accelerate wraps, clips and what a state holds
     recipe: LossRecipe  # after `attach`
@@ -84,6 +89,23 @@ class TrainingMethod(ABC):
     @abstractmethod
     def check_options(self) -> list[str]:
         """Problems with the options that concern this method, one sentence each."""
+
+    def trained_text_encoders(self) -> list[bool]:
+        """Which of the family's text encoders this run trains; known before models are loaded."""
+        return [False] * len(self.family.text_encoder_names)
+
+    def prepare_text(self) -> None:
+        """Changes to the family's tokenizers that data workers must see (new words); called once."""
+
+    @property
+    def tokenize(self) -> Tokenize:
+        """Captions -> the token tensors of a batch."""
+        return self.family.tokenize
+
+    @property
+    def caption_replacements(self) -> Mapping[str, str | list[str]]:
+        """Text in captions -> what stands there instead, or a list to choose from; "" replaces whole captions."""
+        return {}
 
     # --- set-up --------------------------------------------------------------------------------------------
     def before_caching(self, placement: Placement) -> None:
@@ -142,9 +164,18 @@ class TrainingMethod(ABC):
             for module, was_training in modes:
                 module.train(was_training)
 
+    def predict_for(self, request: ImageRequest) -> Predict | None:
+        """What predicts in place of the family for a sample image (ControlNet hints); None is the family itself.
+
+        Raises ValueError where the request lacks something.
+        """
+        return None
+
     @abstractmethod
-    def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write the result atomically to `path`."""
+    def save(
+        self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], counters: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Write the result atomically to `path`; `counters` = (epochs, steps) of this run."""
 
     @property
     @abstractmethod

@@ -41,6 +41,17 @@ class NetworkTraining(TrainingMethod):
             return [str(error)]
         return []
 
+    def trained_text_encoders(self) -> list[bool]:
+        """All but those that wait for a network argument `train_<name>=True`."""
+        chosen = self.options.network
+        arguments = contract.parse_network_args(chosen.network_args)
+        if chosen.network_train_unet_only:
+            return [False] * len(self.family.text_encoder_names)
+        return [
+            name not in self.family.opt_in_text_encoders or arguments.get(f"train_{name}", "").lower() in ("true", "1")
+            for name in self.family.text_encoder_names
+        ]
+
     # --- set-up --------------------------------------------------------------------------------------------
     def before_caching(self, placement: Placement) -> None:
         """Merge `--base_weights` into the model, so that caches already see them."""
@@ -61,7 +72,7 @@ class NetworkTraining(TrainingMethod):
         self.network = contract.create(self._request(), self._models())
         self._disable_unsupported_options()
         contract.prepare(self.network, read_only_namespace(options))
-        train_text_encoder = not chosen.network_train_unet_only and not placement.text_outputs_cached
+        train_text_encoder = any(self.trained_text_encoders())
         contract.apply(self.network, self._models(), train_text_encoder, not chosen.network_train_text_encoder_only)
         if chosen.network_weights:
             logger.info("network weights loaded from %s: %s", chosen.network_weights,
@@ -114,8 +125,8 @@ class NetworkTraining(TrainingMethod):
         checkpointing = self.options.training.gradient_checkpointing  # only works in train mode
         family.denoiser.train(checkpointing)
         for encoder in family.text_encoders:
-            if encoder is not None and not placement.text_outputs_cached:
-                encoder.to(placement.device).train(checkpointing)
+            if encoder is not None:
+                encoder.train(checkpointing)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The network's parameters."""
@@ -172,7 +183,9 @@ class NetworkTraining(TrainingMethod):
             yield
 
     # --- saving --------------------------------------------------------------------------------------------
-    def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+    def save(
+        self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], counters: tuple[int, int] = (0, 0)
+    ) -> None:
         """The network's own file, complete before it appears under its name."""
         scratch = path.with_name(f".{path.stem}.incomplete{path.suffix}")
         self.network.save_weights(str(scratch), dtype, dict(metadata))
