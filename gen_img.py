@@ -1,4 +1,4 @@
-"""Draw images; the model file says which family it is (now Stable Diffusion 1.x and 2.x).
+"""Draw images; the model file says which family it is (Stable Diffusion 1.x, 2.x or SDXL).
 
     python gen_img.py --ckpt model.safetensors --outdir outputs --prompt "a cat --n blurry --d 42" \
         --network_module networks.lora --network_weights my_lora.safetensors --fp16
@@ -13,7 +13,7 @@ from library.options.script import GEN_IMG
 
 SCRIPT = launch.Script(
     name="gen_img.py",
-    description="Draw images; the model file says which family it is (now Stable Diffusion 1.x and 2.x).",
+    description="Draw images; the model file says which family it is (Stable Diffusion 1.x, 2.x or SDXL).",
     options=GEN_IMG,
     family="library.families.drawn:of_model",
     run="library.generation.run:generate",

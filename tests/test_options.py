@@ -21,7 +21,7 @@ DATA = Path(__file__).parent / "data"
 
 def test_not_yet_table_names_options_and_prints_its_length(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
-        print(f"\nNOT_YET: {len(NOT_YET)} options of train_network.py do not work yet")
+        print(f"\nNOT_YET: {len(NOT_YET)} options of the scripts that train do not work yet")
         print(f"NOT_YET: {len(GENERATION_NOT_YET)} options of the scripts that draw do not work yet")
     assert set(NOT_YET) <= set(Options().flat())
     assert set(GENERATION_NOT_YET) <= set(GenerationOptions().flat())

@@ -11,13 +11,21 @@ from typing import Any
 from library.options.cache import CacheOptions
 from library.options.config_file import ConfigFileOptions
 from library.options.console import ConsoleOptions
+from library.options.control_net import ControlNetOptions
 from library.options.dataset import DatasetOptions
 from library.options.declare import OptionSpec
 from library.options.deepspeed import DeepSpeedOptions
 from library.options.device import DeviceOptions
+from library.options.embedding_training import EmbeddingTrainingOptions
+from library.options.encoders import TextEncoderOptions
 from library.options.errors import UserError
+from library.options.family_choice import CachedFamilyOptions
+from library.options.flow import FlowOptions
+from library.options.flux import FluxOptions
+from library.options.full import FullTrainingOptions
 from library.options.hub import HubOptions
 from library.options.loss import LossOptions
+from library.options.memory import MemoryOptions
 from library.options.model import ModelOptions
 from library.options.model_spec import ModelSpecOptions
 from library.options.network import NetworkOptions
@@ -26,6 +34,7 @@ from library.options.optimizer import OptimizerOptions
 from library.options.record import OptionRecord
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
+from library.options.sd3 import Sd3Options
 from library.options.tracking import LoggingOptions
 from library.options.training import TrainingOptions
 from library.options.validation import ValidationOptions
@@ -57,6 +66,15 @@ class Options(OptionRecord):
     optimizer: OptimizerOptions = OptimizerOptions()
     network: NetworkOptions = NetworkOptions()
     validation: ValidationOptions = ValidationOptions()
+    encoders: TextEncoderOptions = TextEncoderOptions()
+    flow: FlowOptions = FlowOptions()
+    flux: FluxOptions = FluxOptions()
+    sd3: Sd3Options = Sd3Options()
+    full: FullTrainingOptions = FullTrainingOptions()
+    textual_inversion: EmbeddingTrainingOptions = EmbeddingTrainingOptions()
+    control_net: ControlNetOptions = ControlNetOptions()
+    memory: MemoryOptions = MemoryOptions()
+    cached_family: CachedFamilyOptions = CachedFamilyOptions()
     config_file: ConfigFileOptions = ConfigFileOptions()
     script_defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False, compare=False)
 

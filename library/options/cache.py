@@ -13,6 +13,7 @@ class CacheOptions:
     cache_latents_to_disk: bool = flag("keep cached latents in files beside the images")
     vae_batch_size: int = option("images per VAE call", 1, type="int")
     skip_cache_check: bool = flag("use existing cache files without looking at what they were made from")
+    skip_latents_validity_check: bool = flag("old name of --skip_cache_check")
     cache_text_encoder_outputs: bool = flag("encode every caption once before training")
     cache_text_encoder_outputs_to_disk: bool = flag("keep cached text-encoder outputs in files beside the images")
     text_encoder_batch_size: int | None = option(

@@ -10,13 +10,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.options import Options
 from library.options.record import OptionRecord
-from library.options.script import ScriptOptions
 
-Check = Callable[[Options], Iterable[str]]
+if TYPE_CHECKING:
+    from library.options.script import ScriptOptions
+
+Check = Callable[[Any], Iterable[str]]  # options -> one sentence for each thing to say
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -50,6 +52,23 @@ RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "network_dim": (1, None),
     "network_dropout": (0, 1),
     "validation_split": (0, 1),
+    "t5xxl_max_token_length": (1, None),
+    "clip_l_dropout_rate": (0, 1),
+    "clip_g_dropout_rate": (0, 1),
+    "t5_dropout_rate": (0, 1),
+    "logit_std": (0, None),
+    "guidance_scale": (0, None),
+    "pos_emb_random_crop_rate": (0, 1),
+    "learning_rate_te": (0, None),
+    "learning_rate_te1": (0, None),
+    "learning_rate_te2": (0, None),
+    "learning_rate_te3": (0, None),
+    "stop_text_encoder_training": (-1, None),
+    "num_last_block_to_freeze": (0, None),
+    "fused_optimizer_groups": (1, None),
+    "num_vectors_per_token": (1, None),
+    "control_net_lr": (0, None),
+    "cond_emb_dim": (2, None),
 }
 #: options of "every n steps/epochs" that a value below 1 turns off
 INTERVALS = (
@@ -57,7 +76,10 @@ INTERVALS = (
     "validate_every_n_steps", "validate_every_n_epochs",
 )  # fmt: skip
 #: options that name a file which must exist
-FILES = ("network_weights", "sample_prompts", "log_tracker_config")
+FILES = ("network_weights", "sample_prompts", "log_tracker_config", "weights")
+#: options that name a file or folder which must exist, or a hub name where that is said
+LOCAL_MODELS = ("clip_l", "clip_g", "t5xxl", "ae")
+MODELS = ("pretrained_model_name_or_path", "vae", "controlnet_model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -74,7 +96,9 @@ def check_options(options: Options, script: ScriptOptions) -> Checked:
     options, warnings = adjusted(options)
     groups = script.group_names()
     problems = [text for needed, check in CHECKS if needed in groups for text in check(options)]
+    problems += [text for check in script.problems for text in check(options)]
     warnings += [text for needed, warn in WARNINGS if needed in groups for text in warn(options)]
+    warnings += [text for warn in script.warnings for text in warn(options)]
     return Checked(options, tuple(problems), tuple(warnings))
 
 
@@ -85,8 +109,17 @@ def adjusted(options: Options) -> tuple[Options, list[str]]:
     flat = options.flat()
     if flat["caption_extention"] is not None:
         changes["caption_extension"] = flat["caption_extention"]
+    if flat["token_string"] and not flat["output_name"]:
+        changes["output_name"] = flat["token_string"]
+    if flat["controlnet_model_path"] is not None:
+        changes["controlnet_model_name_or_path"] = flat["controlnet_model_path"]
+    if flat["skip_latents_validity_check"]:
+        changes["skip_cache_check"] = True
+    if flat["use_t5xxl_cache_only"] and not flat["cache_text_encoder_outputs"]:
+        changes["cache_text_encoder_outputs"] = True
+        warnings.append("--use_t5xxl_cache_only turns on --cache_text_encoder_outputs.")
     for name in ("cache_latents", "cache_text_encoder_outputs"):
-        if flat[f"{name}_to_disk"] and not flat[name]:
+        if flat[f"{name}_to_disk"] and not flat[name] and name not in changes:
             changes[name] = True
             warnings.append(f"--{name}_to_disk turns on --{name}.")
     for name in INTERVALS:
@@ -140,7 +173,10 @@ def paths_exist(options: Options) -> Iterator[str]:
             yield f"--base_weights: there is no file {path}."
     if options.saving.resume and not options.hub.resume_from_huggingface and not Path(options.saving.resume).is_dir():
         yield f"--resume: there is no folder {options.saving.resume}."
-    for name in ("pretrained_model_name_or_path", "vae"):
+    for name in LOCAL_MODELS:
+        if flat[name] and not Path(flat[name]).exists():
+            yield f"--{name}: there is no file or folder {flat[name]}."
+    for name in MODELS:
         if flat[name] and is_missing_model(flat[name]):
             yield f"--{name}: there is no file or folder {flat[name]}."
 
@@ -175,6 +211,35 @@ def fused_backward(options: Options) -> Iterator[str]:
         yield "--fused_backward_pass cannot be combined with --mixed_precision fp16: use bf16 or no."
 
 
+def fused_optimizers(options: Options) -> Iterator[str]:
+    """Several optimizers that step inside the backward pass."""
+    optimizer, memory = options.optimizer, options.memory
+    chosen = [
+        f"--{name}"
+        for name, is_on in (
+            ("blockwise_fused_optimizers", memory.blockwise_fused_optimizers),
+            ("fused_optimizer_groups", memory.fused_optimizer_groups is not None),
+        )
+        if is_on
+    ]
+    both = [*chosen, *(["--fused_backward_pass"] if optimizer.fused_backward_pass else [])]
+    if chosen and len(both) > 1:
+        yield f"{' and '.join(both)} cannot be combined: choose one of them."
+    for name in chosen[:1]:
+        if options.training.gradient_accumulation_steps > 1:
+            yield f"{name} cannot be combined with --gradient_accumulation_steps above 1."
+        if options.device.mixed_precision == "fp16":
+            yield f"{name} cannot be combined with --mixed_precision fp16: use bf16 or no."
+        if optimizer.optimizer_type.lower().endswith("schedulefree"):
+            yield f"{name} cannot be combined with --optimizer_type {optimizer.optimizer_type}."
+        if optimizer.optimizer_type.lower() == "adafactor" and not _is_absolute(optimizer.optimizer_args or ()):
+            yield f"{name} with --optimizer_type Adafactor needs --optimizer_args relative_step=False."
+
+
+def _is_absolute(arguments: Iterable[str]) -> bool:
+    return any(item.replace(" ", "").lower() == "relative_step=false" for item in arguments)
+
+
 def warm_up(options: Options) -> Iterator[str]:
     chosen = options.optimizer
     schedule_free = chosen.optimizer_type.lower().endswith("schedulefree")
@@ -186,6 +251,13 @@ def warm_up(options: Options) -> Iterator[str]:
             )
     if chosen.lr_warmup_steps and chosen.lr_scheduler_type and not schedule_free:
         yield "--lr_warmup_steps cannot be combined with --lr_scheduler_type."
+
+
+def flow_shifts(options: Options) -> Iterator[str]:
+    for name in ("discrete_flow_shift", "training_shift", "sigmoid_scale"):
+        value = getattr(options.flow, name)
+        if not value > 0:
+            yield f"--{name} {value} is not allowed: it must be above 0."
 
 
 def precision(options: Options) -> Iterator[str]:
@@ -219,7 +291,10 @@ def caching(options: Options) -> Iterator[str]:
     changing_images = [name for name in ("color_aug", "random_crop") if getattr(data, name)]
     if cache.cache_latents and changing_images:
         yield f"--cache_latents cannot be combined with --{' or --'.join(changing_images)}: cached images never change."
-    names = ("caption_dropout_rate", "shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate")
+    names = (
+        "caption_dropout_rate", "caption_dropout_every_n_epochs", "shuffle_caption", "token_warmup_step",
+        "caption_tag_dropout_rate",
+    )
     changing_captions = [name for name in names if getattr(data, name)]
     if cache.cache_text_encoder_outputs and changing_captions:
         yield (
@@ -242,20 +317,9 @@ def trackers(options: Options) -> Iterator[str]:
         yield f"--log_with {chosen.log_with} needs --logging_dir."
 
 
-def network(options: Options) -> Iterator[str]:
-    chosen = options.network
-    if not chosen.network_module and not options.dataset.debug_dataset:
-        yield "--network_module is missing: name what to train, e.g. --network_module networks.lora."
-    elif chosen.network_module and is_missing_module(chosen.network_module):
-        yield f"--network_module {chosen.network_module}: there is no such Python module; LoRA is networks.lora."
-    if chosen.dim_from_weights and not chosen.network_weights:
-        yield "--dim_from_weights needs --network_weights FILE."
-    if chosen.network_train_unet_only and chosen.network_train_text_encoder_only:
-        yield "--network_train_unet_only and --network_train_text_encoder_only together train nothing: remove one."
-    if len(chosen.base_weights_multiplier or ()) > len(chosen.base_weights or ()):
-        yield "--base_weights_multiplier has more values than --base_weights."
+def key_value_arguments(options: Options) -> Iterator[str]:
     for name, items in (
-        ("network_args", chosen.network_args),
+        ("network_args", options.network.network_args),
         ("optimizer_args", options.optimizer.optimizer_args),
         ("lr_scheduler_args", options.optimizer.lr_scheduler_args),
     ):
@@ -283,15 +347,17 @@ def is_missing_module(name: str) -> bool:
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("training", model_is_given),
     ("training", output_dir_is_given),
-    ("network", network),
     ("training", ranges),
     ("dataset", paths_exist),
     ("optimizer", old_optimizer_flags),
     ("optimizer", fused_backward),
+    ("memory", fused_optimizers),
     ("optimizer", warm_up),
+    ("optimizer", key_value_arguments),
     ("device", precision),
     ("loss", prediction_type),
     ("noise", noise),
+    ("flow", flow_shifts),
     ("cache", caching),
     ("sampling", samples),
     ("logging", trackers),
@@ -309,6 +375,11 @@ def zero_terminal_snr_without_v(options: Options) -> Iterator[str]:
         yield "--zero_terminal_snr without --v_parameterization: noise prediction learns nothing at the last step."
 
 
+def never_mapped(options: Options) -> Iterator[str]:
+    if options.model.disable_mmap_load_safetensors:
+        yield "--disable_mmap_load_safetensors has no effect: model files are always read, never mapped into memory."
+
+
 def keeping_without_saving(options: Options) -> Iterator[str]:
     saving = options.saving
     for what in ("epochs", "steps"):
@@ -319,6 +390,7 @@ def keeping_without_saving(options: Options) -> Iterator[str]:
 
 WARNINGS: tuple[tuple[str, Check], ...] = (
     ("model", clip_skip_of_v2),
+    ("model", never_mapped),
     ("noise", zero_terminal_snr_without_v),
     ("saving", keeping_without_saving),
 )

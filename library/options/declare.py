@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def flag(help: str) -> Any:
     return dataclasses.field(default=False, metadata={"option": {"type_name": "flag", "help": help}})
 
 
+@functools.cache
 def specs_of(group: type) -> tuple[OptionSpec, ...]:
     """The options that a group class declares, in order."""
     return tuple(

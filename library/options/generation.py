@@ -73,8 +73,8 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    W: int | None = option("width in pixels (default: 512, or the width of --image_path)", type="int")
-    H: int | None = option("height in pixels (default: 512, or the height of --image_path)", type="int")
+    W: int | None = option("width in pixels (default: the model's own, or the width of --image_path)", type="int")
+    H: int | None = option("height in pixels (default: the model's own, or the height of --image_path)", type="int")
     original_width: int | None = option("size conditioning: width of the original (default: the image's)", type="int")
     original_height: int | None = option("size conditioning: height of the original (default: the image's)", type="int")
     original_width_negative: int | None = option("the same for the negative prompt", type="int")

@@ -21,4 +21,4 @@ class ModelOptions:
     max_token_length: int | None = option(
         "longest caption in tokens; longer ones are cut (default: 75)", type="int", choices=(None, 150, 225)
     )
-    disable_mmap_load_safetensors: bool = flag("read model files into memory instead of mapping them")
+    disable_mmap_load_safetensors: bool = flag("old option; model files are never mapped into memory")

@@ -10,14 +10,12 @@ from typing import Any
 from library.options import non_default
 from library.options.declare import specs_of
 from library.options.deepspeed import DeepSpeedOptions
-from library.options.family_choice import UNSUPPORTED
 from library.options.generation_features import (
     ControlOptions,
     DeepShrinkOptions,
     GradualLatentOptions,
     HighresOptions,
     LossGuidanceOptions,
-    TextualInversionOptions,
 )
 from library.options.hub import HubOptions
 from library.options.record import OptionRecord
@@ -45,8 +43,11 @@ NOT_YET: Mapping[str, NotYet] = MappingProxyType(
         "log_with": NotYet("Weights & Biases is not supported yet; use tensorboard", values=("wandb", "all")),
         "wandb_run_name": NotYet("Weights & Biases is not supported yet"),
         "wandb_api_key": NotYet("Weights & Biases is not supported yet"),
-        "fused_backward_pass": NotYet("stepping inside the backward pass is not supported yet"),
-        "dataset_class": NotYet("dataset classes of your own are not supported yet"),
+        **{
+            name: NotYet("swapping blocks with main memory is not supported yet")
+            for name in ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap", "split_mode")
+        },
+        "mem_eff_save": NotYet("writing the model tensor by tensor is not supported yet"),
     }
 )
 
@@ -56,7 +57,6 @@ GENERATION_NOT_YET: Mapping[str, NotYet] = MappingProxyType(
         **{
             spec.name: NotYet(reason)
             for group, reason in (
-                (TextualInversionOptions, "textual inversion in prompts is not supported yet"),
                 (ControlOptions, "ControlNet is not supported yet"),
                 (HighresOptions, "drawing in two passes is not supported yet"),
                 (DeepShrinkOptions, "Deep Shrink is not supported yet"),
@@ -65,13 +65,7 @@ GENERATION_NOT_YET: Mapping[str, NotYet] = MappingProxyType(
             )
             for spec in specs_of(group)
         },
-        **{
-            name: NotYet("SDXL models are not supported yet")
-            for name in (
-                *UNSUPPORTED, "original_width", "original_height", "original_width_negative",
-                "original_height_negative", "crop_top", "crop_left", "clip_vision_strength",
-            )
-        },
+        "clip_vision_strength": NotYet("drawing with the content of an image is not supported yet"),
         "guide_image_path": NotYet("ControlNet is not supported yet"),
         "pyramid_noise_prob": NotYet("pyramid noise is not supported yet"),
         "pyramid_noise_discount_range": NotYet("pyramid noise is not supported yet"),

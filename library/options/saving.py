@@ -14,6 +14,7 @@ class SavingOptions:
     save_model_as: str | None = option(
         "file format of saved models", "safetensors", choices=(None, "ckpt", "pt", "safetensors")
     )
+    use_safetensors: bool = flag("save as safetensors in whatever layout --save_model_as or the source model gives")
     save_precision: str | None = option(
         "number format of saved weights (default: as trained)", choices=(None, "float", "fp16", "bf16")
     )

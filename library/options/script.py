@@ -9,14 +9,19 @@ from types import MappingProxyType
 from typing import Any
 
 from library.options import Options
+from library.options import script_checks as checks
 from library.options.cache import CacheOptions
+from library.options.checks import Check
 from library.options.config_file import ConfigFileOptions
 from library.options.console import ConsoleOptions
+from library.options.control_net import ControlNetOptions
 from library.options.dataset import DatasetOptions
 from library.options.declare import OptionSpec, specs_of
 from library.options.deepspeed import DeepSpeedOptions
 from library.options.device import DeviceOptions
+from library.options.embedding_training import EmbeddingTrainingOptions
 from library.options.family_choice import FamilyChoiceOptions
+from library.options.full import FullTrainingOptions
 from library.options.generation import GENERATION_GROUPS, GenerationOptions
 from library.options.hub import HubOptions
 from library.options.loss import LossOptions
@@ -39,6 +44,7 @@ class ScriptOptions:
     """The options of one script. `changes` maps an option name to the fields of its OptionSpec that differ here.
 
     `record` is the class that holds their values, `check` the dotted path of `(options, script options) -> Checked`.
+    `problems` and `warnings` are what only this script looks at, besides what all scripts with these options check.
     """
 
     groups: tuple[type, ...]
@@ -47,6 +53,8 @@ class ScriptOptions:
     record: type[OptionRecord] = Options
     check: str = "library.options.checks:check_options"
     not_yet: Mapping[str, NotYet] = field(default_factory=lambda: NOT_YET)
+    problems: tuple[Check, ...] = ()
+    warnings: tuple[Check, ...] = ()
 
     def specs(self) -> dict[str, OptionSpec]:
         """Option name -> declaration as this script has it, in the order of the groups."""
@@ -68,7 +76,13 @@ class ScriptOptions:
         return frozenset(name for name, group in self.record.groups().items() if group in self.groups)
 
 
-TEXT_CACHE = frozenset({"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size"})
+def all_but(group: type, *names: str) -> frozenset[str]:
+    """The options of a group except these; what a row excludes when its script has only these."""
+    declared = {spec.name for spec in specs_of(group)}
+    if unknown := set(names) - declared:
+        raise ValueError(f"{group.__name__} has no option {sorted(unknown)}")
+    return frozenset(declared - set(names))
+
 
 TRAINING_GROUPS: tuple[type, ...] = (
     ModelOptions, DatasetOptions, CacheOptions, SavingOptions, TrainingOptions, OptimizerOptions, LossOptions,
@@ -76,10 +90,70 @@ TRAINING_GROUPS: tuple[type, ...] = (
     ConsoleOptions, ConfigFileOptions,
 )  # fmt: skip
 
+# --- what kinds of scripts lack or change ----------------------------------------------------------------------
+CAPTION_DROPOUT = frozenset({"caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate"})
+TEXT_CACHE = frozenset({"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_encoder_batch_size"})
+#: options of training a network that other methods never had
+OF_NETWORKS = frozenset({
+    "no_metadata", "training_comment", "fp8_base_unet", "skip_until_initial_step", "initial_epoch", "initial_step",
+})  # fmt: skip
+#: options of training a whole model
+OF_CHECKPOINTS = frozenset({"use_safetensors", "skip_latents_validity_check"})
+#: options of regularisation images
+OF_REGULARISATION = frozenset({"reg_data_dir", "prior_loss_weight"})
+OF_NEWER_MODELS = TEXT_CACHE | {"disable_mmap_load_safetensors", "skip_latents_validity_check"}
+SMALL_FILES = OF_NETWORKS | OF_CHECKPOINTS | {"cpu_offload_checkpointing"}
+
+CHECKPOINT_FORMATS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "save_model_as": {
+        "default": None,
+        "choices": (None, "ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+        "help": "file format of saved models (default: like the source model)",
+    }
+})  # fmt: skip
+EMBEDDING_FORMAT: Mapping[str, Mapping[str, Any]] = MappingProxyType({"save_model_as": {"default": "pt"}})
+
+# --- the rows --------------------------------------------------------------------------------------------------
 NETWORK_TRAINING = ScriptOptions(
     groups=(NetworkOptions, *TRAINING_GROUPS, ValidationOptions),
-    exclude=TEXT_CACHE | {"disable_mmap_load_safetensors"},
+    exclude=OF_NEWER_MODELS | OF_CHECKPOINTS,
+    problems=(checks.network,),
 )
+
+DREAMBOOTH_TRAINING = ScriptOptions(
+    groups=(FullTrainingOptions, *TRAINING_GROUPS),
+    exclude=OF_NETWORKS | OF_NEWER_MODELS | {"cpu_offload_checkpointing", "in_json", "dataset_repeats"}
+    | all_but(FullTrainingOptions, "learning_rate_te", "no_token_padding", "stop_text_encoder_training"),
+    changes=CHECKPOINT_FORMATS,
+    problems=(checks.checkpoint_format,),
+)  # fmt: skip
+
+FINE_TUNING = ScriptOptions(
+    groups=(FullTrainingOptions, *TRAINING_GROUPS),
+    exclude=OF_NETWORKS | OF_NEWER_MODELS | OF_REGULARISATION
+    | {"cpu_offload_checkpointing", "masked_loss", "conditioning_data_dir"}
+    | all_but(FullTrainingOptions, "learning_rate_te", "train_text_encoder", "diffusers_xformers"),
+    changes=CHECKPOINT_FORMATS,
+    problems=(checks.checkpoint_format,),
+    warnings=(checks.rates_of_frozen_text_encoders,),
+)  # fmt: skip
+
+EMBEDDING_TRAINING = ScriptOptions(
+    groups=(EmbeddingTrainingOptions, *TRAINING_GROUPS),
+    exclude=SMALL_FILES | OF_NEWER_MODELS | CAPTION_DROPOUT | {"weighted_captions"},
+    changes=EMBEDDING_FORMAT,
+    problems=(checks.new_word,),
+)
+
+LAYERED_EMBEDDING_TRAINING = dataclasses.replace(
+    EMBEDDING_TRAINING, exclude=EMBEDDING_TRAINING.exclude | {"no_half_vae"}
+)
+
+CONTROL_NET_TRAINING = ScriptOptions(
+    groups=(ControlNetOptions, *(group for group in TRAINING_GROUPS if group is not ModelSpecOptions)),
+    exclude=SMALL_FILES | OF_NEWER_MODELS | OF_REGULARISATION | {"masked_loss", "no_half_vae"}
+    | all_but(ControlNetOptions, "controlnet_model_name_or_path"),
+)  # fmt: skip
 
 GEN_IMG = ScriptOptions(
     groups=GENERATION_GROUPS,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+#: embeddings, 9 input blocks, 3 middle blocks, 9 output blocks, output
+BLOCK_RATES = 1 + 9 + 3 + 9 + 1
+
 
 def read_resolution(value: Any) -> tuple[int, int]:
     """`512`, `"512,768"` or `[512, 768]` -> (width, height). Raises ValueError."""
@@ -27,6 +30,21 @@ def read_face_crop_range(value: Any) -> tuple[float, float]:
     if len(numbers) != 2 or numbers[0] > numbers[1]:
         raise ValueError(f"{value!r} is not a range: give two numbers low,high such as 2.0,4.0")
     return numbers[0], numbers[1]
+
+
+def read_block_rates(value: Any) -> tuple[float, ...]:
+    """`"1e-5,0,..."` or a list -> one learning rate per block of the U-Net. Raises ValueError."""
+    parts = _parts(value)
+    try:
+        rates = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        rates = ()
+    if len(rates) != BLOCK_RATES or min(rates) < 0:
+        raise ValueError(
+            f"{value!r} is not a list of {BLOCK_RATES} learning rates: give {BLOCK_RATES} numbers of at least 0, "
+            f"separated by commas"
+        )
+    return rates
 
 
 def _parts(value: Any) -> list[Any]:

@@ -1,0 +1,36 @@
+"""Train a whole Stable Diffusion 1.x or 2.x model on images with a metadata file.
+
+    python fine_tune.py --pretrained_model_name_or_path sd15.safetensors --dataset_config dataset.toml \
+        --learning_rate 2e-6 --output_dir output --output_name my_model
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from library import launch
+from library.config_schema import SupportedKinds
+from library.options.script import FINE_TUNING
+
+SCRIPT = launch.Script(
+    name="fine_tune.py",
+    description="Train a whole Stable Diffusion 1.x or 2.x model on images with a metadata file.",
+    options=FINE_TUNING,
+    family="library.families.sd:StableDiffusion",
+    method="library.methods.full:FullTraining",
+    data=SupportedKinds(dreambooth=False),
+)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The parser of this script, for programs that read or wrap its options."""
+    return launch.build_parser(SCRIPT)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    launch.main(SCRIPT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Train a whole FLUX.1 model.
+
+    python flux_train.py --pretrained_model_name_or_path flux1-dev.safetensors --dataset_config dataset.toml \
+        --clip_l clip_l.safetensors --t5xxl t5xxl.safetensors --ae ae.safetensors --model_prediction_type raw \
+        --learning_rate 1e-5 --output_dir output --output_name my_model
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from library import launch
+from library.options.family_scripts import FLUX_FULL_TRAINING
+
+SCRIPT = launch.Script(
+    name="flux_train.py",
+    description="Train a whole FLUX.1 model.",
+    options=FLUX_FULL_TRAINING,
+    family="library.families.flux:Flux",
+    method="library.methods.full:FullTraining",
+)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The parser of this script, for programs that read or wrap its options."""
+    return launch.build_parser(SCRIPT)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    launch.main(SCRIPT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Train a ControlNet for Stable Diffusion 1.x and 2.x.
+
+    python train_control_net.py --pretrained_model_name_or_path sd15.safetensors --dataset_config dataset.toml \
+        --learning_rate 1e-5 --output_dir output --output_name my_control_net
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from library import launch
+from library.config_schema import SupportedKinds
+from library.options.script import CONTROL_NET_TRAINING
+
+SCRIPT = launch.Script(
+    name="train_control_net.py",
+    description="Train a ControlNet for Stable Diffusion 1.x and 2.x.",
+    options=CONTROL_NET_TRAINING,
+    family="library.families.sd:StableDiffusion",
+    method="library.methods.control_net:ControlNetTraining",
+    data=SupportedKinds(dreambooth=False, fine_tuning=False, controlnet=True),
+)
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The parser of this script, for programs that read or wrap its options."""
+    return launch.build_parser(SCRIPT)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    launch.main(SCRIPT)
+
+
+if __name__ == "__main__":
+    main()
