@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from networks.adapter import Adapter
 from networks.groups import OptimizerGroups, PlusRatios, rates_per_encoder
 from networks.peft_names import to_own_names
-from networks.targets import Target
+from networks.targets import Target, find_targets
 from networks.weights_file import (
     check_ranks,
     check_shapes,
@@ -62,6 +63,45 @@ def make_adapters(targets: Sequence[Target], rank_of: RankRule, make: MakeAdapte
         else:
             adapters.append(make(target, choice))
     return adapters, skipped
+
+
+def encoder_adapters(
+    encoders: Sequence[tuple[str, nn.Module | None]], class_names: Collection[str], rank_of: RankRule, make: MakeAdapter
+) -> tuple[list[EncoderAdapters], list[str]]:
+    """(adapters per (name prefix, text encoder), names of the layers that got none); an encoder may be None.
+
+    Raises ValueError for an encoder that has no layers in modules of these classes.
+    """
+    result, skipped = [], []
+    for prefix, encoder in encoders:
+        targets = [] if encoder is None else find_targets(encoder, prefix, class_names)
+        if encoder is not None and not targets:
+            raise ValueError(
+                f"{type(encoder).__name__} has no layers that a network can adapt: expected Linear layers inside "
+                f"{', '.join(class_names)}."
+            )
+        adapters, names = make_adapters(targets, rank_of, make)
+        result.append(EncoderAdapters(prefix, adapters))
+        skipped += names
+    return result, skipped
+
+
+def given_weights(
+    file: str | os.PathLike[str] | None, weights_sd: Mapping[str, Tensor] | None, encoder_prefixes: Sequence[str]
+) -> dict[str, Tensor]:
+    """A copy of `weights_sd`, or the tensors of `file`, under our key names."""
+    if weights_sd is not None:
+        return to_own_names(weights_sd, encoder_prefixes)
+    if file is not None:
+        return load_network_file(Path(file), encoder_prefixes=encoder_prefixes)
+    raise ValueError("Neither a network file nor its tensors were given.")
+
+
+def warn_left_over(in_file: Collection[str], network: AdapterNetwork) -> None:
+    """One warning about the modules of a file that have no layer in this model."""
+    left = sorted(set(in_file) - {adapter.lora_name for adapter in network.adapters})
+    if left:
+        logger.warning("%d modules of the file have no layer in this model: %s", len(left), ", ".join(left[:10]))
 
 
 class AdapterNetwork(nn.Module):

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -21,9 +20,11 @@ from networks.network import (
     NetworkSettings,
     RankAndAlpha,
     RankRule,
+    encoder_adapters,
+    given_weights,
     make_adapters,
+    warn_left_over,
 )
-from networks.peft_names import to_own_names
 from networks.sdxl_names import convert_diffusers_to_sai_if_needed
 from networks.targets import (
     CLIP_CLASSES,
@@ -34,7 +35,7 @@ from networks.targets import (
     find_targets,
     is_sdxl_unet,
 )
-from networks.weights_file import load_network_file, ranks_and_alphas
+from networks.weights_file import ranks_and_alphas
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class UnetNetwork(AdapterNetwork):
 
         module_class = cls.inference_module_class if for_inference else cls.module_class
         network = cls._assemble(text_encoder, targets, options, (from_file, from_file), module_class)
-        _warn_left_over(in_file, network)
+        warn_left_over(in_file, network)
         return network
 
     @classmethod
@@ -168,19 +169,9 @@ class UnetNetwork(AdapterNetwork):
             return module_class(target.name, target.layer, options.settings.multiplier, *choice, options.dropouts)
 
         encoder_rule, denoiser_rule = rank_rules
-        encoders, skipped = [], []
         modules = as_encoder_list(text_encoder)
-        for index, encoder in enumerate(modules):
-            prefix = cls._encoder_prefix(index, len(modules))
-            targets = [] if encoder is None else find_targets(encoder, prefix, cls.TEXT_ENCODER_TARGET_REPLACE_MODULE)
-            if encoder is not None and not targets:
-                raise ValueError(
-                    f"{type(encoder).__name__} has no layers that a network can adapt: expected Linear layers inside "
-                    f"{', '.join(cls.TEXT_ENCODER_TARGET_REPLACE_MODULE)}."
-                )
-            adapters, names = make_adapters(targets, encoder_rule, make)
-            encoders.append(EncoderAdapters(prefix, adapters))
-            skipped += names
+        named = [(cls._encoder_prefix(index, len(modules)), module) for index, module in enumerate(modules)]
+        encoders, skipped = encoder_adapters(named, cls.TEXT_ENCODER_TARGET_REPLACE_MODULE, encoder_rule, make)
         if not unet_targets:
             raise ValueError(
                 "The denoiser has no layers that this network can adapt: expected Linear and Conv2d layers inside "
@@ -225,18 +216,7 @@ def read_weights(
     """A copy of `weights_sd`, or the tensors of `file`, under our key names (SDXL: in original naming)."""
     is_sdxl = is_sdxl_unet(unet)
     prefixes = ("lora_te1", "lora_te2") if is_sdxl else ("lora_te",)
-    if weights_sd is not None:
-        weights = to_own_names(weights_sd, prefixes)
-    elif file is not None:
-        weights = load_network_file(Path(file), encoder_prefixes=prefixes)
-    else:
-        raise ValueError("Neither a network file nor its tensors were given.")
+    weights = given_weights(file, weights_sd, prefixes)
     if is_sdxl:
         convert_diffusers_to_sai_if_needed(weights)
     return weights
-
-
-def _warn_left_over(in_file: Mapping[str, RankAndAlpha], network: AdapterNetwork) -> None:
-    left = sorted(in_file.keys() - {adapter.lora_name for adapter in network.adapters})
-    if left:
-        logger.warning("%d modules of the file have no layer in this model: %s", len(left), ", ".join(left[:10]))

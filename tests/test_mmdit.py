@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library import sd3_model_util
 from library.checkpoints import layout_clip, layout_sd3, layout_vae
 from library.checkpoints.recognition import ModelKind, recognise
 from library.checkpoints.tensors import TensorDict, open_tensors, save_tensors, shapes_of
+from library.encoder_files import find_encoder
 from library.models import mmdit
 from library.models.mmdit import MMDiT, MMDiTParams, ScaledPositions, build_mmdit, crop_positions, position_table
 from library.models.text_encoders import build_clip
@@ -266,7 +268,7 @@ def test_a_whole_file_with_vae_and_text_encoder_comes_back_bit_for_bit():
     file = TensorDict({**{key: tiny[key] for key in tiny}, **text}, source="whole")
     written = layout_sd3.to_single_file(
         build_mmdit(layout_sd3.transformer_tensors(file), dtype=None).state_dict(), layout_sd3.vae_tensors(file),
-        {"clip_l": layout_sd3.embedded_text_tensors(file, "clip_l")},
+        {"clip_l": stored(file, "clip_l")},
     )  # fmt: skip
     assert shapes_of(written) == file.shapes
     assert all(written[key].dtype == file[key].dtype and torch.equal(written[key], file[key]) for key in file)
@@ -341,31 +343,32 @@ def embedded(name: str) -> tuple[TensorDict, TensorDict]:
     return own, TensorDict({**layout_sd3.to_single_file(tiny_state()), **state}, source="whole")
 
 
+def stored(file: TensorDict, name: str) -> Any:
+    """A text encoder inside a model file, under transformers' names; None if the file has none."""
+    [kind] = [kind for kind in sd3_model_util.ENCODERS if kind.name == name]
+    found = find_encoder(kind, None, Path("whole"), file)
+    return None if found is None else found.tensors
+
+
 @pytest.mark.parametrize("name", layout_sd3.TEXT_ENCODERS)
 def test_embedded_text_encoders_are_found_below_transformer(name):
     own, whole = embedded(name)
-    part = layout_sd3.embedded_text_tensors(whole, name)
-    wanted = layout_sd3.text_tensors(own, name)
+    part = stored(whole, name)
+    wanted = own if name == "t5xxl" else layout_sd3.clip_tensors(own, name)
     assert part.shapes == wanted.shapes
     assert len(part) == len([key for key in own if not key.endswith("position_ids")])
     assert all(torch.equal(part[key], wanted[key]) for key in part)
     other = next(encoder for encoder in layout_sd3.TEXT_ENCODERS if encoder != name)
-    assert not layout_sd3.embedded_text_tensors(whole, other)
+    assert stored(whole, other) is None
     assert not [key for key in layout_sd3.transformer_tensors(whole) if "text_encoders" in key]
     layout_sd3.check_foreign_keys(whole)
-
-
-def test_the_decoder_of_a_whole_t5_is_left_out():
-    own, _ = embedded("t5xxl")
-    whole = {**{key: own[key] for key in own}, "decoder.x": torch.zeros(1), "lm_head.weight": torch.zeros(1)}
-    assert layout_sd3.text_tensors(whole, "t5xxl").shapes == own.shapes
 
 
 def test_openclip_names_are_read_for_clip_g():
     own, _ = embedded("clip_g")
     state = layout_clip.hf_to_openclip({key: own[key] for key in own})
     whole = {f"text_encoders.clip_g.{key}": value for key, value in state.items()}
-    part = layout_sd3.embedded_text_tensors(whole, "clip_g")
+    part = stored(whole, "clip_g")
     assert set(part) == set(own)
     assert all(torch.equal(part[key], own[key]) for key in own)
 
@@ -376,11 +379,9 @@ def test_a_missing_projection_is_the_identity_for_clip_l_only():
         bare = {key: own[key] for key in own if key != "text_projection.weight"}
         if name == "clip_g":
             with pytest.raises(ValueError, match="clip_g has no text_projection.weight"):
-                layout_sd3.text_tensors(bare, name)
+                layout_sd3.clip_tensors(bare, name)
         else:
-            assert torch.equal(layout_sd3.text_tensors(bare, name)["text_projection.weight"].float(), torch.eye(width))
-    with pytest.raises(ValueError, match="'clip_h' is unknown"):
-        layout_sd3.text_tensors({}, "clip_h")
+            assert torch.equal(layout_sd3.clip_tensors(bare, name)["text_projection.weight"].float(), torch.eye(width))
 
 
 # --- the recorded run ------------------------------------------------------------------------------------------
@@ -390,7 +391,7 @@ def clip_states(name: str, folder: str, captions: list[str], pad_id: int | None)
 
     file = open_tensors(FOLDER / "models" / f"{name}_tiny.safetensors")
     encoder = build_clip(
-        layout_sd3.text_tensors(file, name), activation="quick_gelu" if name == "clip_l" else "gelu", component=name,
+        layout_sd3.clip_tensors(file, name), activation="quick_gelu" if name == "clip_l" else "gelu", component=name,
         dtype=torch.float32,
     )  # fmt: skip
     tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizers" / folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from library.checkpoints.tensors import atomic_write, cast, is_safetensors, save_pickle, save_tensors
 
@@ -34,6 +34,9 @@ def part_file(folder: Path, part: str, variant: str | None = None) -> Path:
     for name in looked_for:
         if (folder / name).is_file():
             return folder / name
+    shards = sorted(folder.glob(f"{stem}*-00001-of-*.safetensors"))  # also without an index
+    if shards:
+        return shards[0]
     raise FileNotFoundError(f"{folder} holds no weights; looked for {', '.join(looked_for)}.")
 
 
@@ -89,23 +92,10 @@ def module_config(module: Any) -> dict[str, Any]:
     return {"_class_name": type(module).__name__, **config}
 
 
-def model_index(scheduler_class: str, *, with_tokenizer: bool) -> dict[str, Any]:
-    """The model_index.json of a Stable Diffusion pipeline without safety checker."""
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler_class],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if not with_tokenizer:
-        index["tokenizer"] = [None, None]
-    return index
+def model_index(pipeline: str, components: Mapping[str, tuple[str, str] | None]) -> dict[str, Any]:
+    """The model_index.json of a pipeline class: name of each part -> (package, class), or None where it is missing."""
+    parts = {name: list(component or (None, None)) for name, component in components.items()}
+    return {"_class_name": pipeline, "feature_extractor": [None, None], "image_encoder": [None, None], **parts}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -114,10 +104,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
-def write_part(path: Path, module: nn.Module, dtype: torch.dtype | None) -> None:
+def write_part(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     """Writes the weights of one component, safetensors or pickle by the extension; floating ones cast to `dtype`."""
     if is_safetensors(path):
-        save_tensors(path, module.state_dict(), metadata={"format": "pt"}, dtype=dtype)
+        save_tensors(path, tensors, metadata={"format": "pt"}, dtype=dtype)
     else:
-        state = module.state_dict().items()
-        save_pickle(path, {key: cast(value.detach(), dtype=dtype, device="cpu").clone() for key, value in state})
+        save_pickle(path, {k: cast(tensors[k].detach(), dtype=dtype, device="cpu").clone() for k in tensors})

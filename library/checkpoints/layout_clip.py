@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.checkpoints.tensors import Operation, RenamedTensors, Shapes
 
+TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 _LAYER_PARTS = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -20,7 +21,7 @@ _LAYER_PARTS = {
 }
 _ENDS = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "token_embedding.weight": TOKEN_TABLE,
     "ln_final.weight": "text_model.final_layer_norm.weight",
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
@@ -149,7 +150,7 @@ def clip_config(shapes: Shapes, *, activation: str, heads: int | None = None) ->
     `activation` goes by role: quick_gelu (SD1, CLIP-L) or gelu (OpenCLIP). The end token is taken to be the last
     entry of the vocabulary, the start token the one before, as in every published CLIP.
     """
-    vocabulary, hidden = shapes["text_model.embeddings.token_embedding.weight"]
+    vocabulary, hidden = shapes[TOKEN_TABLE]
     layers = {match[1] for key in shapes if (match := _LAYER.match(key))}
     config: dict[str, Any] = {
         "vocab_size": vocabulary,

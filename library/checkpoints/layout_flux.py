@@ -195,6 +195,31 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> RenamedTensors:
     return RenamedTensors(tensors, plan)
 
 
+def diffusers_config(shapes: Shapes, *, axes_dims: Sequence[int] | None = None) -> dict[str, Any]:
+    """The config.json of diffusers' `FluxTransformer2DModel` for original names without prefix.
+
+    Raises ValueError for structures that diffusers cannot express.
+    """
+    own = transformer_config(shapes, axes_dims=axes_dims)
+    hidden = own["hidden_size"]
+    if {own["mlp_width"], own["single_mlp_width"]} != {4 * hidden} or not own["qkv_bias"] or own["time_width"] != 256:
+        raise ValueError("This FLUX transformer has parts that diffusers does not know; save it as a single file.")
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": own["in_channels"],
+        "out_channels": own["out_channels"],
+        "num_layers": own["double_depth"],
+        "num_single_layers": own["single_depth"],
+        "attention_head_dim": hidden // own["num_heads"],
+        "num_attention_heads": own["num_heads"],
+        "joint_attention_dim": own["context_width"],
+        "pooled_projection_dim": own["vector_width"],
+        "guidance_embeds": own["guidance"],
+        "axes_dims_rope": list(own["axes_dims"]),
+    }
+
+
 def _names(double: int, single: int) -> dict[str, tuple[str, ...]]:
     """Original key -> diffusers keys, for the given numbers of blocks."""
     places: list[tuple[str, str, Mapping[str, tuple[str, ...]]]] = [("", "", _ENDS)]

@@ -9,18 +9,13 @@ from torch import Tensor
 
 from library.checkpoints import layout_clip, layout_unet, layout_vae
 from library.checkpoints.recognition import UNET_PREFIX, is_ignorable, preserved
-from library.checkpoints.tensors import LazyTensors, RenamedTensors, Shapes, shapes_of
+from library.checkpoints.tensors import LazyTensors, RenamedTensors, Shapes, select, shapes_of
 
 VAE_PREFIX = "first_stage_model."
 SD1_TEXT_PREFIX = "cond_stage_model.transformer."
 SD2_TEXT_PREFIX = "cond_stage_model.model."
 COMPONENT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, SD1_TEXT_PREFIX, SD2_TEXT_PREFIX)
 _SD1_TEXT_ROOTS = ("embeddings.", "encoder.", "final_layer_norm.")
-
-
-def select(tensors: Mapping[str, Tensor], prefix: str) -> RenamedTensors:
-    """The tensors below `prefix`, without it."""
-    return RenamedTensors(tensors, {key.removeprefix(prefix): (key, None) for key in tensors if key.startswith(prefix)})
 
 
 def normalize(tensors: Mapping[str, Tensor]) -> RenamedTensors:

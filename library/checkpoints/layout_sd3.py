@@ -13,7 +13,16 @@ from torch import Tensor
 
 from library.checkpoints import layout_clip, layout_vae
 from library.checkpoints.recognition import UNET_PREFIX, ModelKind, check_not_quantised, is_ignorable, recognise
-from library.checkpoints.tensors import JoinedTensors, LazyTensors, Operation, RenamedTensors, Shapes, shapes_of
+from library.checkpoints.tensors import (
+    JoinedTensors,
+    LazyTensors,
+    Operation,
+    RenamedTensors,
+    Shapes,
+    select,
+    shapes_of,
+    swap_halves,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +34,6 @@ MODEL_TYPES = {ModelKind.SD3: "medium", ModelKind.SD35_LARGE: "5-large", ModelKi
 POSITION_SIDE = 192  # of the table that is computed for a file without one
 _BLOCK = re.compile(r"^joint_blocks\.(\d+)\.")
 _DUAL = re.compile(r"^joint_blocks\.(\d+)\.x_block\.attn2\.qkv\.weight$")
-_T5_DECODER = ("decoder.", "lm_head.")
 
 
 # --- recognition and components --------------------------------------------------------------------------------
@@ -50,16 +58,12 @@ def model_type(shapes: Shapes, *, source: str, option: str) -> str:
     return MODEL_TYPES[kind]
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> RenamedTensors:
-    return RenamedTensors(tensors, {key.removeprefix(prefix): (key, None) for key in tensors if key.startswith(prefix)})
-
-
 def transformer_tensors(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """The transformer of a file under its original names without prefix; diffusers' layout is converted.
 
     A file without the prefix `model.diffusion_model.` is a transformer with whatever other components stand in it.
     """
-    part = _below(tensors, UNET_PREFIX)
+    part = select(tensors, UNET_PREFIX)
     if not part:
         others = (VAE_PREFIX, TEXT_PREFIX)
         names = [key for key in tensors if not key.startswith(others) and not is_ignorable(key)]
@@ -69,36 +73,19 @@ def transformer_tensors(tensors: Mapping[str, Tensor]) -> LazyTensors:
 
 def vae_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:
     """The VAE of a file in diffusers layout; empty if the file has none."""
-    return layout_vae.to_diffusers(_below(tensors, VAE_PREFIX))
+    return layout_vae.to_diffusers(select(tensors, VAE_PREFIX))
 
 
-def embedded_text_tensors(tensors: Mapping[str, Tensor], encoder: str) -> RenamedTensors:
-    """One text encoder (`clip_l`, `clip_g`, `t5xxl`) that stands in a model file; empty if the file has none.
+def clip_tensors(tensors: Mapping[str, Tensor], encoder: str) -> RenamedTensors:
+    """The tensors of a CLIP encoder (`clip_l`, `clip_g`; no outer prefix) under `text_model.…` names.
 
-    CLIP tensors get `text_model.…` names. A `clip_l` without `text_projection.weight` gets the identity.
-    Raises ValueError for a `clip_g` without one.
+    A `clip_l` without `text_projection.weight` gets the identity. Raises ValueError for a `clip_g` without one.
     """
-    part = _below(tensors, f"{TEXT_PREFIX}{encoder}.")
-    plan = {key.removeprefix("transformer."): (key, None) for key in part}
-    if any(key.startswith("transformer.resblocks.") for key in part):
-        plan = {key: (key, None) for key in part}
-    return text_tensors(RenamedTensors(part, plan), encoder)
-
-
-def text_tensors(tensors: Mapping[str, Tensor], encoder: str) -> RenamedTensors:
-    """The tensors of one text encoder (`clip_l`, `clip_g`, `t5xxl`) as this family uses them.
-
-    `tensors` have no outer prefix. T5 loses what belongs to a decoder; for CLIP see `embedded_text_tensors`.
-    """
-    if encoder not in TEXT_ENCODERS:
-        raise ValueError(f"text encoder {encoder!r} is unknown; allowed: {', '.join(TEXT_ENCODERS)}.")
-    if encoder == "t5xxl":
-        return RenamedTensors(tensors, {key: (key, None) for key in tensors if not key.startswith(_T5_DECODER)})
     if layout_clip.is_openclip(shapes_of(tensors)):
         part = layout_clip.openclip_to_hf(tensors, projection=True)
     else:
         part = layout_clip.normalize_hf(tensors)
-    if not part or "text_projection.weight" in part:
+    if "text_projection.weight" in part or "text_model.final_layer_norm.weight" not in part:
         return part
     if encoder == "clip_g":
         raise ValueError(f"{part.source}: clip_g has no text_projection.weight; use a file that holds it.")
@@ -260,3 +247,66 @@ def from_diffusers(tensors: Mapping[str, Tensor]) -> LazyTensors:
         whole[name] = [parts[index] for index in range(3)]
     swapped = {key for key in whole if key.rpartition(".")[0] in (last, "final_layer.adaLN_modulation.1")}
     return JoinedTensors(tensors, whole, swapped)
+
+
+_ORIGINAL_BLOCK = re.compile(r"^joint_blocks\.(\d+)\.(.+)$")
+
+
+def to_diffusers(tensors: Mapping[str, Tensor]) -> RenamedTensors:
+    """An original transformer (no prefix) under the names of diffusers' `SD3Transformer2DModel`: `from_diffusers` back.
+
+    Raises ValueError for keys that have no name there (learned registers).
+    """
+    shapes = shapes_of(tensors)
+    blocks = [int(match[1]) for key in shapes if (match := _ORIGINAL_BLOCK.match(key))]
+    last = f"joint_blocks.{max(blocks, default=0)}.context_block.adaLN_modulation.1"
+    ends = {original: theirs for theirs, original in _ENDS.items()}
+    inner = {original: theirs for theirs, original in _INNER.items()}
+    thirds = {original: theirs for theirs, original in _THIRDS.items()}
+    plan: dict[str, tuple[str, Operation | None]] = {}
+    for key in shapes:
+        name, leaf = key.rpartition(".")[::2]
+        operation = swap_halves if name in (last, "final_layer.adaLN_modulation.1") else None
+        match = _ORIGINAL_BLOCK.match(name)
+        if key == "pos_embed":
+            plan["pos_embed.pos_embed"] = (key, None)
+        elif name in ends:
+            plan[f"{ends[name]}.{leaf}"] = (key, operation)
+        elif match and match[2] in inner:
+            plan[f"transformer_blocks.{match[1]}.{inner[match[2]]}.{leaf}"] = (key, operation)
+        elif match and match[2] in thirds:
+            for index, letter in enumerate("qkv"):
+                plan[f"transformer_blocks.{match[1]}.{thirds[match[2]].format(letter)}.{leaf}"] = (key, _third(index))
+        else:
+            raise ValueError(f"{key} has no name in diffusers' layout of an SD3 transformer.")
+    return RenamedTensors(tensors, plan)
+
+
+def _third(index: int) -> Operation:
+    return lambda tensor: tensor.chunk(3)[index].clone()
+
+
+def diffusers_config(shapes: Shapes) -> dict[str, Any]:
+    """The config.json of diffusers' `SD3Transformer2DModel` for original names without prefix.
+
+    Raises ValueError for structures that diffusers cannot express.
+    """
+    own = transformer_config(shapes)
+    if own["qk_norm"] == "layer" or own["register_length"] or own["mlp_size"] != 4 * own["hidden_size"]:
+        raise ValueError("This SD3 transformer has parts that diffusers does not know; save it as a single file.")
+    return {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "patch_size": own["patch_size"],
+        "in_channels": own["in_channels"],
+        "out_channels": own["out_channels"],
+        "num_layers": own["depth"],
+        "attention_head_dim": own["hidden_size"] // own["heads"],
+        "num_attention_heads": own["heads"],
+        "joint_attention_dim": own["context_size"],
+        "caption_projection_dim": own["hidden_size"],
+        "pooled_projection_dim": own["vector_size"],
+        "pos_embed_max_size": own["position_side"],
+        "dual_attention_layers": sorted(own["dual_blocks"]),
+        "qk_norm": "rms_norm" if own["qk_norm"] else None,
+    }

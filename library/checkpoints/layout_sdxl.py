@@ -13,7 +13,7 @@ from torch import Tensor
 from library.checkpoints import layout_clip, layout_unet, layout_vae
 from library.checkpoints.layout_unet import UnetStructure
 from library.checkpoints.recognition import UNET_PREFIX, ModelKind, check_kind, is_ignorable, preserved
-from library.checkpoints.tensors import LazyTensors, RenamedTensors, Shapes, dtypes_of, shapes_of
+from library.checkpoints.tensors import LazyTensors, RenamedTensors, Shapes, dtypes_of, select, shapes_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +76,6 @@ def check_foreign_keys(tensors: LazyTensors) -> None:
         raise ValueError(f"{tensors.source}: {len(foreign)} unexpected keys: {', '.join(foreign[:10])}.")
 
 
-def _select(tensors: Mapping[str, Tensor], prefix: str) -> RenamedTensors:
-    return RenamedTensors(tensors, {key.removeprefix(prefix): (key, None) for key in tensors if key.startswith(prefix)})
-
-
 def unet_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:
     """The U-Net of a (normalised) file under its original names, with linear `proj_in`/`proj_out`.
 
@@ -96,12 +92,12 @@ def unet_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:
 
 def vae_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:
     """The VAE of a (normalised) file in diffusers layout; empty if the file has none."""
-    return layout_vae.to_diffusers(_select(tensors, VAE_PREFIX))
+    return layout_vae.to_diffusers(select(tensors, VAE_PREFIX))
 
 
 def text1_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:
     """The first text encoder (CLIP-L) of a (normalised) file under `text_model.…` names; empty if there is none."""
-    return layout_clip.normalize_hf(_select(tensors, TEXT1_PREFIX))
+    return layout_clip.normalize_hf(select(tensors, TEXT1_PREFIX))
 
 
 def text2_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:
@@ -110,7 +106,7 @@ def text2_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:
     OpenCLIP's `text_projection` is transposed, as a Linear's weight needs it.
     Raises ValueError if the encoder has no projection: the pooled text could not be computed.
     """
-    part = layout_clip.openclip_to_hf(_select(tensors, TEXT2_PREFIX), projection=True)
+    part = layout_clip.openclip_to_hf(select(tensors, TEXT2_PREFIX), projection=True)
     if part and "text_projection.weight" not in part:
         raise ValueError(f"{part.source}: {TEXT2_PREFIX}text_projection is missing, the pooled text needs it.")
     return part

@@ -204,6 +204,12 @@ def projection_operation(key: str, shape: tuple[int, ...], *, linear: bool) -> O
     return (lambda t: t[:, :, 0, 0]) if linear else (lambda t: t[:, :, None, None])
 
 
+def with_projections(tensors: Mapping[str, Tensor], *, linear: bool) -> RenamedTensors:
+    """The same tensors with every `proj_in`/`proj_out` weight as [c,c] (linear) or as [c,c,1,1]."""
+    plan = {key: (key, projection_operation(key, shape, linear=linear)) for key, shape in shapes_of(tensors).items()}
+    return RenamedTensors(tensors, plan)
+
+
 # --- dimensions ------------------------------------------------------------------------------------------------
 def unet_config(shapes: Shapes, *, heads: Any = None) -> dict[str, Any]:
     """Constructor arguments of diffusers' U-Net for original-layout shapes.

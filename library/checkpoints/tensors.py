@@ -130,6 +130,11 @@ class RenamedTensors(LazyTensors):
         return tensor if operation is None else operation(tensor)
 
 
+def select(tensors: Mapping[str, Tensor], prefix: str) -> RenamedTensors:
+    """The tensors below `prefix`, without it."""
+    return RenamedTensors(tensors, {key.removeprefix(prefix): (key, None) for key in tensors if key.startswith(prefix)})
+
+
 class JoinedTensors(LazyTensors):
     """Tensors that are each one or several others, joined along the first dimension; read when they are asked for.
 

@@ -105,19 +105,19 @@ def _read(path: Path) -> tuple[Any, set[str]]:
         ) from error
 
 
-def load_pickle(path: str | Path) -> PickledCheckpoint:
-    """The tensors of a pickle: of its `state_dict` entry if there is one, else of the bare dictionary.
+def load_pickle(path: str | Path, *, entry: str = "state_dict") -> PickledCheckpoint:
+    """The tensors of a pickle: of its `entry` if there is one, else of the bare dictionary.
 
-    Objects of other programs beside the state dict (callbacks, optimizer states) are discarded with one warning.
-    Raises ValueError, naming the class, if the state dict itself holds anything but tensors and numbers.
+    Objects of other programs beside that entry (callbacks, optimizer states) are discarded with one warning.
+    Raises ValueError, naming the class, if the entry itself holds anything but tensors and numbers.
     """
     path = Path(path)
     content, discarded = _read(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {_origin(content)}, not a dictionary of tensors.")
-    state = content.get("state_dict", content)
+    state = content.get(entry, content)
     if not isinstance(state, Mapping):
-        raise ValueError(f"{path}: its 'state_dict' is a {_origin(state)}, not a dictionary of tensors.")
+        raise ValueError(f"{path}: its {entry!r} is a {_origin(state)}, not a dictionary of tensors.")
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         if isinstance(value, DiscardedObject) or isinstance(key, DiscardedObject):

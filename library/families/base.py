@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from library.data.records import LatentSpec, TextCacheSpec
 from library.hashes import sshs_hashes
+from library.model_files import ALL_PARTS
+from library.noise import NoiseConfig
 from library.sampling_spec import SamplingSpec
 
 if TYPE_CHECKING:
@@ -64,6 +66,14 @@ class ControlNet(nn.Module, ABC):
     def save(self, path: Path, *, layout: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the side network alone, atomically, in the form that other programs read."""
 
+    def added_parameters(self) -> list[nn.Parameter]:
+        """What the denoiser does not have and `--control_net_lr` is for; empty where there is no such option."""
+        return []
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters that no residual depends on (they get no gradient and stay as they are)."""
+        return []
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass (train mode only)."""
 
@@ -75,6 +85,43 @@ class EmbeddingTable:
     name: str  # "clip_l", "clip_g"
     tokenizer: ClipTokenizer
     encoder: Any  # None before `load`
+
+    def add_words(self, words: Sequence[str]) -> list[int]:
+        """Adds new words to the tokenizer; returns their consecutive ids. Raises ValueError if one is known already."""
+        ids = [self.tokenizer.add_token(word) for word in words]
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            raise ValueError(f"the tokenizer from {self.tokenizer.source} numbers new words with gaps: {ids}.")
+        return ids
+
+    def set_rows(self, first: int, rows: Tensor) -> None:
+        """Sets the embeddings of the ids from `first` on to `rows` [k,d]; the table becomes longer as needed.
+
+        Raises ValueError if the encoder's embeddings have another width.
+        """
+        table = self.encoder.get_input_embeddings()
+        if rows.shape[1] != table.embedding_dim:
+            raise ValueError(
+                f"the embeddings for {self.name} have width {rows.shape[1]}, this model's text encoder has "
+                f"{table.embedding_dim}: they belong to another kind of model."
+            )
+        end = first + len(rows)
+        if end > table.num_embeddings:
+            table = self.encoder.resize_token_embeddings(end)
+        table.weight.detach()[first:end] = rows.detach().to(table.weight)
+
+
+def cached_parts(
+    cached: Mapping[str, Tensor] | None, *names: str, device: torch.device | str, dtype: torch.dtype
+) -> list[Tensor]:
+    """Arrays of `Batch.text_outputs` (float32) as the released encoder would have given them: in `dtype` on `device`.
+
+    For `encode_text(tokens, cached)` wherever `text_encoders[i]` is None: hidden states and pooled vectors in the
+    dtype that the live encoder computes in, masks with `torch.int64`. Raises RuntimeError when an array is not there.
+    """
+    missing = [name for name in names if name not in (cached or {})]
+    if missing or cached is None:
+        raise RuntimeError(f"a text encoder has been released and its cached outputs are missing: {', '.join(missing)}")
+    return [cached[name].to(device=device, dtype=dtype) for name in names]
 
 
 class Tokenize(Protocol):
@@ -98,6 +145,13 @@ class ModelFamily(ABC):
     opt_in_text_encoders: frozenset[str] = frozenset()
     #: options that are accepted and mean nothing for this family -> why (they warn once when set)
     without_effect: Mapping[str, str] = MappingProxyType({})
+    #: what `save` can write
+    layouts: tuple[str, ...] = ("safetensors",)
+    #: whether full training keeps the denoiser in the dtype of the computation, even without `--full_fp16/bf16`
+    trains_in_weight_dtype: bool = False
+
+    #: what `load` reads and `check_options` asks for; caching and tools need less than training. The others are None
+    parts: frozenset[str] = ALL_PARTS
 
     denoiser: nn.Module
     vae: nn.Module
@@ -124,6 +178,13 @@ class ModelFamily(ABC):
     @abstractmethod
     def encode_text(self, tokens: Mapping[str, Tensor], cached: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Token tensors (and, where present, cached encoder outputs) -> conditioning. Differentiable."""
+
+    def drop_text(self, conditioning: Conditioning) -> Conditioning:
+        """The conditioning of a training batch with text encoders left out by chance, where options ask for it.
+
+        Draws from Python's global generator. Not called for validation, samples and caches.
+        """
+        return conditioning
 
     @abstractmethod
     def encode_weighted_captions(self, captions: Sequence[str]) -> Conditioning:
@@ -159,6 +220,19 @@ class ModelFamily(ABC):
             for encoder, is_released in zip(self.text_encoders, released, strict=True)
         ]
 
+    def encode_prompts_with_cached(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str], cached: Mapping[str, Tensor]
+    ) -> tuple[Conditioning, Conditioning]:
+        """`encode_prompts` once some encoders are released and others are live (sample images while those train).
+
+        `cached`: what `encode_text_for_cache` gave for [*prompts, *negative_prompts]; live encoders replace their part.
+        """
+        tokens = self.tokenize([*prompts, *negative_prompts])
+        with torch.no_grad():
+            both = self.encode_text(tokens, cached)
+        rows = torch.arange(len(prompts) + len(negative_prompts))
+        return both.select(rows[: len(prompts)]), both.select(rows[len(prompts) :])
+
     @property
     def text_identity(self) -> str:
         """What text caches remember of the encoders: a hash of their weights in the dtype that encodes."""
@@ -189,6 +263,10 @@ class ModelFamily(ABC):
     def make_objective(self) -> Objective:
         """The objective (schedule, target, weights) that the options ask for."""
 
+    def training_noise(self) -> NoiseConfig:
+        """The noise options that count for this family."""
+        return NoiseConfig.from_options(self.options.noise)
+
     @abstractmethod
     def sampling_spec(self) -> SamplingSpec:
         """The noise process run backwards, and what prompts start from."""
@@ -212,6 +290,10 @@ class ModelFamily(ABC):
         """The denoiser's parameters in the groups of `--block_lr`, in order; empty where there is no such option."""
         return []
 
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the denoiser that the options exclude from full training."""
+        return []
+
     def unused_text_encoder_parameters(self, index: int) -> list[nn.Parameter]:
         """Parameters of text encoder `index` that have no part in the conditioning (they get no gradient)."""
         return []
@@ -221,6 +303,11 @@ class ModelFamily(ABC):
         raise ValueError("ControlNet is not possible with this kind of model.")
 
     # --- networks and saving -------------------------------------------------------------------------------
+    @property
+    def default_layout(self) -> str:
+        """After `load`: what full training writes where nobody chooses (`--use_safetensors` apart)."""
+        return "safetensors"
+
     def network_text_encoders(self) -> Any:
         """What third-party network modules receive as `text_encoder`: a list, or the bare encoder (SD 1/2)."""
         return self.text_encoders
@@ -234,6 +321,10 @@ class ModelFamily(ABC):
 
         `counters` = (epochs, steps) of this run; only pickles hold them.
         """
+
+    def companion_files(self, path: Path) -> list[Path]:
+        """Files that `save` may write beside the file `path`; they are deleted together with it."""
+        return []
 
     @abstractmethod
     def model_metadata(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from library.checkpoints.recognition import ModelKind, check_not_quantised, reco
 from library.checkpoints.tensors import is_safetensors, open_tensors
 from library.families.base import ModelFamily
 from library.families.sd import StableDiffusion
+from library.families.sdxl import StableDiffusionXL
 from library.options.generation import GenerationOptions
 
 OPTION = "--ckpt"
@@ -24,20 +25,36 @@ def stable_diffusion(options: GenerationOptions) -> ModelFamily:
 
 
 def of_model(options: GenerationOptions) -> ModelFamily:
-    """What `--v1` or `--v2` says, else what the model's keys say. Raises ValueError for kinds that cannot draw here."""
+    """What `--v1`, `--v2` or `--sdxl` says, else what the model's keys say. Raises ValueError for what cannot draw."""
     if options.family.v1 or options.model.v2:
         return stable_diffusion(options)
+    if options.family.sdxl:
+        return stable_diffusion_xl(options)
     name = str(options.model.ckpt)
     kind = model_kind(name)
+    if kind is ModelKind.SDXL:
+        return stable_diffusion_xl(options)
     if kind is not ModelKind.SD2:
         _require(kind, ModelKind.SD1, name)
     return _stable_diffusion(options, v2=kind is ModelKind.SD2)
 
 
+def stable_diffusion_xl(options: GenerationOptions) -> ModelFamily:
+    """SDXL. Raises ValueError if the file is surely something else."""
+    name = str(options.model.ckpt)
+    if Path(name).is_file() and is_safetensors(name):
+        _require(model_kind(name), ModelKind.SDXL, name)
+    family = StableDiffusionXL(options.for_family(v2=False))
+    family.model_option = OPTION
+    return family
+
+
 def _require(found: ModelKind, expected: ModelKind, name: str) -> None:
-    if found in (ModelKind.SDXL, ModelKind.SDXL_REFINER):
-        raise ValueError(f"{OPTION} {name} is {found.value}; drawing with SDXL models is not supported yet.")
-    hint = {ModelKind.SD1: "Remove --v2.", ModelKind.SD2: "Add --v2."}.get(found, "")
+    hint = {
+        (ModelKind.SD1, ModelKind.SD2): "Remove --v2.", (ModelKind.SD2, ModelKind.SD1): "Add --v2.",
+    }.get((found, expected), "")  # fmt: skip
+    if not hint and {found, expected} <= {ModelKind.SD1, ModelKind.SD2, ModelKind.SDXL}:
+        hint = "gen_img.py draws with both, if no option says which it is."
     require_kind(found, expected, source=name, option=OPTION, hint=hint)
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from library.data.records import LatentSpec
-from library.families.base import Conditioning, ModelFamily, SizeConditioning, Tokenize
-from library.objectives import DdpmConfig, DdpmObjective
+from library.families.autoencoder_family import attention_kind, compute_dtype
+from library.families.base import Conditioning, ControlNet, EmbeddingTable, SizeConditioning, Tokenize
+from library.families.unet_family import UNetFamily
 from library.options import Options
-from library.sampling_spec import SamplingSpec
 from library.text import clip
 from library.text.clip import ClipTokenizer, PromptStyle
 
@@ -33,14 +33,10 @@ class SdTokenize:
         return {"input_ids": self.tokenizer.windows(captions, self.max_token_length)}
 
 
-class StableDiffusion(ModelFamily):
+class StableDiffusion(UNetFamily):
     """SD 1.x, or with `--v2` SD 2.x. Conditioning: {"context": [B,S,d]}."""
 
     latent = LatentSpec(4, 8, 64, 0.18215, 0.0, "_sd.npz")
-    denoiser: Any  # UNet2DConditionModel
-    vae: Any  # AutoencoderKL
-    text_encoders: list[Any]  # one ClipTextEncoder, or None
-    model_option = "--pretrained_model_name_or_path"  # the script's option for the model, in messages
 
     # --- loading -------------------------------------------------------------------------------------------
     def __init__(self, options: Options) -> None:
@@ -53,40 +49,32 @@ class StableDiffusion(ModelFamily):
         clip_skip = self.options.model.clip_skip
         if clip_skip is not None and clip_skip < 1:
             problems.append(f"--clip_skip {clip_skip}: it counts layers from the end, so it is 1 or more.")
-        if self.options.device.xformers:
-            problems += _xformers_problems()
+        problems += super().check_options()
         if self.options.cache.cache_text_encoder_outputs:
             problems.append("--cache_text_encoder_outputs does not work with Stable Diffusion 1 and 2; leave it out.")
         return problems
 
     def load(self, *, weight_dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device | str) -> None:
         """Reads the model of `--pretrained_model_name_or_path` (and `--vae`); checks that the tokenizer fits."""
-        from library.model_util import LoadSpec, load_model
-        from library.models.layers import set_attention
+        from library.model_util import LoadSpec, load_model, recorded_prediction_type
 
         self._warn()
         model = self.options.model
         self.modules = load_model(
             LoadSpec(
                 path=str(model.pretrained_model_name_or_path), v2=self.v2, dtype=weight_dtype, vae_dtype=vae_dtype,
-                device=device, vae=model.vae, option=self.model_option,
+                device=device, vae=model.vae, option=self.model_option, parts=self.parts,
             )
         )  # fmt: skip
-        self.denoiser = self.modules.unet
-        self._check_input_channels()
-        self.vae = self.modules.vae
+        self.denoiser, self.vae = self.modules.unet, self.modules.vae
         self.text_encoders = [self.modules.text_encoder]
-        self.tokenizer.check_fits(self.text_encoder, str(self.modules.source))
-        self._warn_about_prediction_type()
-        set_attention(self.denoiser, self.vae, attention_kind(self.options))
+        source = self.modules.source
+        self._finish_loading(source, recorded_prediction=recorded_prediction_type(source))
 
-    def _check_input_channels(self) -> None:
-        found = self.denoiser.config.in_channels
-        if found != self.latent.channels:
-            raise ValueError(
-                f"{self.model_option} {self.modules.source}: the U-Net has {found} input channels (an inpainting or "
-                f"upscaling model?); only models with {self.latent.channels} work here."
-            )
+    @property
+    def text_encoder(self) -> Any:
+        """The text encoder itself. Raises RuntimeError when it has been released."""
+        return self.encoder(0)
 
     def _warn(self) -> None:
         model = self.options.model
@@ -94,34 +82,6 @@ class StableDiffusion(ModelFamily):
             logger.warning("--clip_skip with --v2 counts from the penultimate layer, which is the usual one already.")
         if model.v_parameterization and not self.v2:
             logger.warning("--v_parameterization without --v2: the model must be a v-prediction variant of SD 1.")
-
-    def _warn_about_prediction_type(self) -> None:
-        from library.model_util import recorded_prediction_type
-
-        recorded = recorded_prediction_type(self.modules.source)
-        wanted = "v" if self.options.model.v_parameterization else "epsilon"
-        if recorded and recorded != wanted:
-            advice = "remove --v_parameterization" if wanted == "v" else "add --v_parameterization"
-            logger.warning("%s says that it predicts %s: %s?", self.modules.source, recorded, advice)
-
-    @property
-    def text_encoder(self) -> Any:
-        """The text encoder itself. Raises RuntimeError when it has been released."""
-        if self.text_encoders[0] is None:
-            raise RuntimeError("the text encoder has been released")
-        return self.text_encoders[0]
-
-    @property
-    def vae_identity(self) -> str:
-        """What latent caches record about the VAE."""
-        return self.vae.weights_digest
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass; takes effect in train mode."""
-        self.denoiser.enable_gradient_checkpointing()
-        for encoder in self.text_encoders:
-            if encoder is not None:
-                encoder.gradient_checkpointing_enable()
 
     # --- text ----------------------------------------------------------------------------------------------
     @cached_property
@@ -135,6 +95,11 @@ class StableDiffusion(ModelFamily):
         )
 
     @property
+    def tokenizers(self) -> list[ClipTokenizer]:
+        """The one tokenizer."""
+        return [self.tokenizer]
+
+    @property
     def tokenize(self) -> Tokenize:
         """Captions -> {"input_ids": [B,n,77]}."""
         return SdTokenize(self.tokenizer, self.options.model.max_token_length)
@@ -145,6 +110,11 @@ class StableDiffusion(ModelFamily):
             return Conditioning({"context": cached["context"]})
         context = clip.encode_captions(self.text_encoder, tokens["input_ids"], clip_skip=self.options.model.clip_skip)
         return Conditioning({"context": context})
+
+    def embedding_tables(self) -> list[EmbeddingTable]:
+        """The one text encoder's."""
+        [encoder] = getattr(self, "text_encoders", [None])
+        return [EmbeddingTable("clip_l", self.tokenizer, encoder)]
 
     def encode_weighted_captions(self, captions: Sequence[str]) -> Conditioning:
         """Captions with prompt weights -> {"context": [B,S,d]}; hidden states times weights."""
@@ -169,36 +139,7 @@ class StableDiffusion(ModelFamily):
         positive, negative = context.split([len(prompts), len(negative_prompts)])
         return Conditioning({"context": positive}), Conditioning({"context": negative})
 
-    # --- latents -------------------------------------------------------------------------------------------
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B,3,H,W] in [-1,1] -> an unscaled posterior sample [B,4,H/8,W/8] in the VAE's dtype.
-
-        A VAE that overflows in half precision gives NaN; the caller decides what that means.
-        """
-        images = images.to(device=self.vae.device, dtype=self.vae.dtype)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.vae.encode(images).latent_dist.sample(generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Model latents [B,4,h,w] -> images [B,3,8h,8w] around [-1,1] in the VAE's dtype."""
-        z = self.latent.denormalize(latents).to(device=self.vae.device, dtype=self.vae.dtype)
-        with torch.autocast(z.device.type, enabled=False):
-            return self.vae.decode(z).sample
-
     # --- denoising -----------------------------------------------------------------------------------------
-    def make_objective(self) -> DdpmObjective:
-        """Noise prediction, or velocity prediction with `--v_parameterization`."""
-        options = self.options
-        return DdpmObjective(
-            DdpmConfig.from_options(options.noise, options.loss, v_parameterization=options.model.v_parameterization)
-        )
-
-    def sampling_spec(self) -> SamplingSpec:
-        """The DDPM table that training uses, zero terminal SNR included."""
-        velocity = self.options.model.v_parameterization
-        betas = self.make_objective().schedule.betas
-        return SamplingSpec(betas=betas, prediction_type="v_prediction" if velocity else "epsilon")
-
     def predict(
         self,
         x_t: Tensor,
@@ -209,8 +150,7 @@ class StableDiffusion(ModelFamily):
         residuals: tuple[Sequence[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Noise or velocity [B,4,h,w]. `residuals`: a ControlNet's (one per skip connection, one for the middle)."""
-        weight = self.denoiser.conv_in.weight
-        dtype = weight.dtype if weight.dtype.itemsize > 1 else x_t.dtype  # 8-bit weights compute in the input's dtype
+        dtype = compute_dtype(self.denoiser.conv_in.weight, x_t)
         down, middle = residuals or (None, None)
         return self.denoiser(
             x_t.to(dtype),
@@ -229,57 +169,40 @@ class StableDiffusion(ModelFamily):
             blocks.append(("mid_block", unet.mid_block))
         return blocks + [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
 
+    def unused_text_encoder_parameters(self, index: int) -> list[nn.Parameter]:
+        """The layers that `--clip_skip` leaves out."""
+        layers = self.text_encoder.text_model.encoder.layers
+        used = len(layers) + 1 - max(1, self.options.model.clip_skip or 1)
+        return [parameter for layer in layers[used:] for parameter in layer.parameters()]
+
+    def make_control_net(self, path: str | None) -> ControlNet:
+        """A ControlNet for this U-Net."""
+        from library.families.control_nets import stable_diffusion_control_net
+
+        return stable_diffusion_control_net(self.denoiser, path, attention_kind(self.options))
+
     # --- networks and saving -------------------------------------------------------------------------------
     def network_text_encoders(self) -> Any:
         """The bare encoder: LyCORIS names its keys `lora_te_` only then."""
         return self.text_encoders[0]
 
-    def save(
-        self,
-        path: Path,
-        *,
-        layout: str,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        counters: tuple[int, int] = (0, 0),
+    def _save_file(
+        self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], counters: tuple[int, int]
     ) -> None:
-        """A single file (layout "safetensors", "ckpt") or a folder ("diffusers", "diffusers_safetensors").
+        from library.model_util import save_checkpoint
 
-        `counters` = (epochs, steps) of this run; only pickles hold them.
-        """
-        from library.model_util import save_checkpoint, save_diffusers_folder, scheduler_config
+        save_checkpoint(path, self.modules, v2=self.v2, dtype=dtype, metadata=metadata, counters=counters)
 
-        if layout in ("safetensors", "ckpt"):
-            save_checkpoint(path, self.modules, v2=self.v2, dtype=dtype, metadata=metadata, counters=counters)
-        elif layout in ("diffusers", "diffusers_safetensors"):
-            scheduler = scheduler_config(v_parameterization=self.options.model.v_parameterization)
-            save_diffusers_folder(
-                path, self.modules, scheduler=scheduler, dtype=dtype, tokenizer=self.tokenizer,
-                use_safetensors=layout == "diffusers_safetensors",
-            )  # fmt: skip
-        else:
-            raise ValueError(f"layout {layout!r}: allowed are safetensors, ckpt, diffusers, diffusers_safetensors.")
+    def _save_folder(self, path: Path, *, dtype: torch.dtype | None, use_safetensors: bool) -> None:
+        from library.model_util import save_diffusers_folder, scheduler_config
+
+        save_diffusers_folder(
+            path, self.modules, scheduler=scheduler_config(v_parameterization=self.options.model.v_parameterization),
+            dtype=dtype, use_safetensors=use_safetensors, tokenizer=self.tokenizer,
+        )  # fmt: skip
 
     def model_metadata(self) -> dict[str, Any]:
         """Base version, architecture, default resolution and prediction type."""
         from library.model_util import model_metadata
 
         return model_metadata(v2=self.v2, v_parameterization=self.options.model.v_parameterization)
-
-
-def _xformers_problems() -> list[str]:
-    """One sentence if xformers does not work on the device that will be used."""
-    from library.models.layers import XFORMERS_ADVICE, xformers_problem
-
-    problem = xformers_problem("cuda" if torch.cuda.is_available() else "cpu")
-    return [f"--xformers cannot be used here ({problem}). {XFORMERS_ADVICE}"] if problem else []
-
-
-def attention_kind(options: Options) -> str | None:
-    """The attention that the options ask for (`set_attention`'s kinds); None is the default."""
-    device = options.device
-    if device.xformers:
-        return "xformers"
-    if device.mem_eff_attn:
-        return "mem_eff_attn"
-    return "sdpa" if device.sdpa else None

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.layout_flux import transformer_config
 from library.checkpoints.tensors import fill_module, shapes_of
+from library.models.attention import Attention, as_tokens, fused
 
 NORM_EPSILON = 1e-6
 ROPE_THETA = 10000
@@ -179,11 +180,6 @@ class Modulation(nn.Module):
         return self.lin(F.silu(vector))[:, None].chunk(self.count, dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
-    """Attention with rotated queries and keys [B,heads,L,d] -> [B,L,heads*d]; `mask` is True where a key counts."""
-    return F.scaled_dot_product_attention(turn(q), turn(k), v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
 def layer_norm(size: int) -> nn.LayerNorm:
     """The norm before every modulation: without parameters."""
     return nn.LayerNorm(size, elementwise_affine=False, eps=NORM_EPSILON)
@@ -211,17 +207,18 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(params)
         self.txt_norm2 = layer_norm(size)
         self.txt_mlp = mlp(size, params.mlp_width)
+        self.attention: Attention = fused
 
     def forward(
         self, img: Tensor, txt: Tensor, vector: Tensor, turn: Rotation, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Image [B,Li,H] and text [B,Lt,H] tokens after the block."""
+        """Image [B,Li,H] and text [B,Lt,H] tokens after the block; `mask` is True where a key counts."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vector)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vector)
         of_txt = self.txt_attn((1 + txt_scale1) * self.txt_norm1(txt) + txt_shift1)
         of_img = self.img_attn((1 + img_scale1) * self.img_norm1(img) + img_shift1)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_txt, of_img, strict=True))
-        seen = attention(q, k, v, turn, mask)
+        seen = as_tokens(self.attention(turn(q), turn(k), v, mask))
         txt_seen, img_seen = seen[:, : txt.shape[1]], seen[:, txt.shape[1] :]
         img = img + img_gate1 * self.img_attn.proj(img_seen)
         img = img + img_gate2 * self.img_mlp((1 + img_scale2) * self.img_norm2(img) + img_shift2)
@@ -243,13 +240,14 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(size // params.num_heads)
         self.pre_norm = layer_norm(size)
         self.modulation = Modulation(size, 3)
+        self.attention: Attention = fused
 
     def forward(self, x: Tensor, vector: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
         """Tokens [B,Lt+Li,H] after the block."""
         shift, scale, gate = self.modulation(vector)
         qkv, inner = self.linear1((1 + scale) * self.pre_norm(x) + shift).split(self.widths, dim=-1)
         q, k, v = self.norm(qkv, self.heads)
-        seen = attention(q, k, v, turn, mask)
+        seen = as_tokens(self.attention(turn(q), turn(k), v, mask))
         return x + gate * self.linear2(torch.cat([seen, F.gelu(inner, approximate="tanh")], dim=-1))
 
 
@@ -278,8 +276,19 @@ class FluxResiduals:
     single: tuple[Tensor, ...] = ()
 
 
-class Flux(nn.Module):
-    """The transformer: a velocity (noise minus latents) for every packed token."""
+@dataclass(frozen=True)
+class Tokens:
+    """What every block gets: embedded image [B,Li,H] and text [B,Lt,H], and what both depend on."""
+
+    img: Tensor
+    txt: Tensor
+    vector: Tensor  # [B,H]
+    turn: Rotation
+    mask: Tensor | None
+
+
+class FluxTrunk(nn.Module):
+    """What the transformer and its ControlNets have in common: embedders and blocks."""
 
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
@@ -293,9 +302,8 @@ class Flux(nn.Module):
         self.txt_in = nn.Linear(params.context_width, size)
         self.double_blocks = nn.ModuleList([DoubleStreamBlock(params) for _ in range(params.double_depth)])
         self.single_blocks = nn.ModuleList([SingleStreamBlock(params) for _ in range(params.single_depth)])
-        self.final_layer = LastLayer(params)
 
-    def forward(
+    def embed(
         self,
         img: Tensor,
         img_ids: Tensor,
@@ -305,34 +313,16 @@ class Flux(nn.Module):
         *,
         guidance: Tensor | None = None,
         text_mask: Tensor | None = None,
-        residuals: FluxResiduals | None = None,
-    ) -> Tensor:
-        """Packed noisy latents [B,Li,in] -> velocity [B,Li,out].
-
-        img_ids: [B,Li,3]. txt: T5 states [B,Lt,context]; text has position zero. timesteps: [B] in [0,1], float32 in
-        every precision. y: pooled CLIP [B,vector]. guidance: [B], needed if the model has the input, otherwise
-        unused. text_mask: [B,Lt], nonzero where a text token counts. The dtype of `img` is that of the computation.
-        Raises ValueError if the guidance is missing or `img` has other channels than the model.
-        """
+    ) -> Tokens:
+        """The inputs of the first block; see `Flux.forward` for the arguments and errors."""
         self._check_inputs(img, guidance)
-        residuals = residuals or FluxResiduals()
         vector = self._conditioning_vector(timesteps, y, guidance, img.dtype)
         ids = torch.cat([img_ids.new_zeros(len(img_ids), txt.shape[1], img_ids.shape[2]), img_ids], dim=1)
         turn = rotation(ids, self.params.axes_dims)
         mask = None
         if text_mask is not None:
             mask = F.pad(text_mask.bool(), (0, img.shape[1]), value=True)[:, None, None]
-        img, txt = self.img_in(img), self.txt_in(txt)
-        for index, block in enumerate(self.double_blocks):
-            img, txt = self._run(block, img, txt, vector, turn, mask)
-            if residuals.double:
-                img = img + residuals.double[index % len(residuals.double)]
-        x = torch.cat([txt, img], dim=1)
-        for index, block in enumerate(self.single_blocks):
-            x = self._run(block, x, vector, turn, mask)
-            if residuals.single:
-                x = x + residuals.single[index % len(residuals.single)]
-        return self.final_layer(x[:, txt.shape[1] :], vector)
+        return Tokens(self.img_in(img), self.txt_in(txt), vector, turn, mask)
 
     def _check_inputs(self, img: Tensor, guidance: Tensor | None) -> None:
         if self.guidance_in is not None and guidance is None:
@@ -362,6 +352,52 @@ class Flux(nn.Module):
     def disable_gradient_checkpointing(self) -> None:
         """Keep activations again."""
         self.gradient_checkpointing = False
+
+    def set_attention(self, attention: Attention) -> None:
+        """How every block computes attention."""
+        for block in (*self.double_blocks, *self.single_blocks):
+            block.attention = attention
+
+
+class Flux(FluxTrunk):
+    """The transformer: a velocity (noise minus latents) for every packed token."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__(params)
+        self.final_layer = LastLayer(params)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        *,
+        guidance: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        residuals: FluxResiduals | None = None,
+    ) -> Tensor:
+        """Packed noisy latents [B,Li,in] -> velocity [B,Li,out].
+
+        img_ids: [B,Li,3]. txt: T5 states [B,Lt,context]; text has position zero. timesteps: [B] in [0,1], float32 in
+        every precision. y: pooled CLIP [B,vector]. guidance: [B], needed if the model has the input, otherwise
+        unused. text_mask: [B,Lt], nonzero where a text token counts. The dtype of `img` is that of the computation.
+        Raises ValueError if the guidance is missing or `img` has other channels than the model.
+        """
+        residuals = residuals or FluxResiduals()
+        tokens = self.embed(img, img_ids, txt, timesteps, y, guidance=guidance, text_mask=text_mask)
+        img, txt, vector, turn, mask = tokens.img, tokens.txt, tokens.vector, tokens.turn, tokens.mask
+        for index, block in enumerate(self.double_blocks):
+            img, txt = self._run(block, img, txt, vector, turn, mask)
+            if residuals.double:
+                img = img + residuals.double[index % len(residuals.double)]
+        x = torch.cat([txt, img], dim=1)
+        for index, block in enumerate(self.single_blocks):
+            x = self._run(block, x, vector, turn, mask)
+            if residuals.single:
+                x = x + residuals.single[index % len(residuals.single)]
+        return self.final_layer(x[:, txt.shape[1] :], vector)
 
 
 def build_flux(

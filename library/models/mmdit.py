@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.layout_sd3 import transformer_config
 from library.checkpoints.tensors import Operation, RenamedTensors, fill_module, shapes_of
+from library.models.attention import Attention, as_tokens, fused
 
 EPSILON = 1e-6  # of every normalisation
 TIME_PERIOD = 10000.0
@@ -188,11 +189,6 @@ def _head_norm(kind: str | None, width: int) -> nn.Module:
     return RmsNorm(width) if kind == "rms" else nn.LayerNorm(width, eps=EPSILON)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention over [B, heads, L, head size] as tokens [B, L, hidden]."""
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
-
 class Mlp(nn.Module):
     """Linear, GELU (tanh form), linear."""
 
@@ -224,6 +220,7 @@ class SingleDiTBlock(nn.Module):
 
     def __init__(self, parameters: MMDiTParams, *, is_last: bool = False, is_dual: bool = False) -> None:
         super().__init__()
+        self.attention: Attention = fused
         width = parameters.hidden_size
         self.is_last = is_last
         self.is_dual = is_dual
@@ -248,7 +245,7 @@ class SingleDiTBlock(nn.Module):
         result = x + gate[:, None] * self.attn.proj(attended)
         if self.is_dual:
             shift, scale, gate = modulation[6:]
-            own = attend(*self.attn2.project(modulate(normalize(x), shift, scale)))
+            own = as_tokens(self.attention(*self.attn2.project(modulate(normalize(x), shift, scale)), None))
             result = result + gate[:, None] * self.attn2.proj(own)
         return result + gate_mlp[:, None] * self.mlp(modulate(normalize(result), shift_mlp, scale_mlp))
 
@@ -258,6 +255,7 @@ class JointBlock(nn.Module):
 
     def __init__(self, parameters: MMDiTParams, *, is_last: bool, is_dual: bool) -> None:
         super().__init__()
+        self.attention: Attention = fused
         self.context_block = SingleDiTBlock(parameters, is_last=is_last)
         self.x_block = SingleDiTBlock(parameters, is_dual=is_dual)
 
@@ -268,7 +266,7 @@ class JointBlock(nn.Module):
         context_qkv = self.context_block.attn.project(modulate(normalize(context), *context_modulation[:2]))
         x_qkv = self.x_block.attn.project(modulate(normalize(x), *x_modulation[:2]))
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(context_qkv, x_qkv, strict=True))
-        attended = attend(query, key, value)
+        attended = as_tokens(self.attention(query, key, value, None))
         length = context.shape[1]
         x = self.x_block.update(x, attended[:, length:], x_modulation)
         if not self.context_block.is_last:
@@ -331,6 +329,12 @@ class MMDiT(nn.Module):
         """Keep activations again."""
         self.gradient_checkpointing = False
 
+    def set_attention(self, attention: Attention) -> None:
+        """How every block computes attention."""
+        for module in self.modules():
+            if isinstance(module, JointBlock | SingleDiTBlock):
+                module.attention = attention
+
     def forward(
         self,
         x: Tensor,
@@ -354,8 +358,8 @@ class MMDiT(nn.Module):
         rows, columns = height // patch, width // patch
         table = self._stored_table() if scaled_positions is None else scaled_positions.table(rows, columns)
         positions = crop_positions(table, rows, columns, random_rate=random_crop_rate)
-        tokens = self.x_embedder(x)
-        tokens = tokens + positions.to(device=tokens.device, dtype=tokens.dtype)
+        image = self.x_embedder(x)
+        image = image + positions.to(device=image.device, dtype=image.dtype)
         time = time_sinusoid(t, self.params.time_size).to(x.dtype)
         vector = self.t_embedder(time) + self.y_embedder(y)
         context = self.context_embedder(context)
@@ -363,10 +367,10 @@ class MMDiT(nn.Module):
             context = torch.cat([self.register.expand(len(context), -1, -1).to(context.dtype), context], dim=1)
         for block in self.joint_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                context, tokens = checkpoint(block, context, tokens, vector, use_reentrant=False)
+                context, image = checkpoint(block, context, image, vector, use_reentrant=False)
             else:
-                context, tokens = block(context, tokens, vector)
-        return self._picture(self.final_layer(tokens, vector), rows, columns)
+                context, image = block(context, image, vector)
+        return self._picture(self.final_layer(image, vector), rows, columns)
 
     def _stored_table(self) -> Tensor:
         side = self.params.position_side

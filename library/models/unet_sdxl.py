@@ -88,8 +88,8 @@ class Upsample2D(nn.Module):
         return self.conv(F.interpolate(x, size=tuple(size_hw), mode="nearest"))
 
 
-class SdxlUNet2DConditionModel(nn.Module):
-    """The U-Net of SDXL; its state dict has the names of the original checkpoints.
+class SdxlEncoder(nn.Module):
+    """What SDXL's U-Net and its ControlNets have in common: embeddings, the way down and the middle block.
 
     `gradient_checkpointing`: in train mode every resnet and every transformer is computed again in the backward pass.
     """
@@ -104,13 +104,8 @@ class SdxlUNet2DConditionModel(nn.Module):
             nn.Sequential(nn.Linear(config.vector_width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         )
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(config.in_channels, first, 3, padding=1)])])
-        skips = self._add_encoder(config)
+        self.skip_channels = self._add_encoder(config)  # widths of all skip connections
         self.middle_block = self._middle(config)
-        self.output_blocks = nn.ModuleList()
-        self._add_decoder(config, skips)
-        self.out = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, first), nn.SiLU(), nn.Conv2d(first, config.out_channels, 3, padding=1)
-        )
 
     # --- construction ------------------------------------------------------------------------------------------
     def _add_encoder(self, config: SdxlUnetConfig) -> list[int]:
@@ -136,15 +131,6 @@ class SdxlUNet2DConditionModel(nn.Module):
         if depth:
             block.append(ResnetBlock2D(width, width, config.time_width))
         return block
-
-    def _add_decoder(self, config: SdxlUnetConfig, skips: list[int]) -> None:
-        width = config.channels[-1]
-        for index, level in zip(reversed(range(len(config.channels))), config.structure.up, strict=True):
-            for depth in level.depths:
-                self.output_blocks.append(self._block(config, index, width + skips.pop(), depth))
-                width = config.channels[index]
-            if level.has_resample:
-                cast(nn.ModuleList, self.output_blocks[-1]).append(Upsample2D(width))
 
     @staticmethod
     def _block(config: SdxlUnetConfig, index: int, in_channels: int, depth: int) -> nn.ModuleList:
@@ -190,36 +176,24 @@ class SdxlUNet2DConditionModel(nn.Module):
                 module.set_use_memory_efficient_attention_xformers(True)
 
     # --- computation -------------------------------------------------------------------------------------------
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        y: Tensor,
-        *,
-        residuals: tuple[Sequence[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Noise or velocity [B,out,h,w].
+    def encode(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, *, added: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """(all skip connections, output of the middle block, embedding of time and `y` [B,time_width]).
 
-        x: noisy latents [B,in,h,w]; timesteps in [0, 1000), a number or [B]; context: text states [B,T,context_width];
-        y: see `vector_conditioning` [B,vector_width]; residuals: a ControlNet's, one per skip connection (in the order
-        of `input_blocks`) and one for the middle. Any h and w will do. Raises ValueError if `y` has another width.
+        Inputs are those of the U-Net; `added` [B,channels,h,w] comes on top of the first block's output.
+        Raises ValueError if `y` has another width than the model takes.
         """
         if y.shape[-1] != self.config.vector_width:
             raise ValueError(f"y has width {y.shape[-1]}, this U-Net takes {self.config.vector_width}.")
         emb = self._embed(x, timesteps, y)
         skips: list[Tensor] = []
-        for block in self.input_blocks:
+        for index, block in enumerate(self.input_blocks):
             x = self._run(block, x, emb, context)
+            if added is not None and index == 0:
+                x = x + added
             skips.append(x)
-        x = self._run(self.middle_block, x, emb, context)
-        if residuals is not None:
-            skips = [skip + residual for skip, residual in zip(skips, residuals[0], strict=True)]
-            x = x + residuals[1]
-        for block in self.output_blocks:
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = self._run(block, x, emb, context, size_hw=skips[-1].shape[-2:] if skips else ())
-        return self.out(x)
+        return skips, self._run(self.middle_block, x, emb, context), emb
 
     def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
         times = timesteps.to(x.device).expand(x.shape[0])
@@ -243,6 +217,52 @@ class SdxlUNet2DConditionModel(nn.Module):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False, **options)
         return layer(*inputs, **options)
+
+
+class SdxlUNet2DConditionModel(SdxlEncoder):
+    """The U-Net of SDXL; its state dict has the names of the original checkpoints."""
+
+    def __init__(self, config: SdxlUnetConfig) -> None:
+        super().__init__(config)
+        self.output_blocks = nn.ModuleList()
+        self._add_decoder(config, list(self.skip_channels))
+        first = config.channels[0]
+        self.out = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, first), nn.SiLU(), nn.Conv2d(first, config.out_channels, 3, padding=1)
+        )
+
+    def _add_decoder(self, config: SdxlUnetConfig, skips: list[int]) -> None:
+        width = config.channels[-1]
+        for index, level in zip(reversed(range(len(config.channels))), config.structure.up, strict=True):
+            for depth in level.depths:
+                self.output_blocks.append(self._block(config, index, width + skips.pop(), depth))
+                width = config.channels[index]
+            if level.has_resample:
+                cast(nn.ModuleList, self.output_blocks[-1]).append(Upsample2D(width))
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        y: Tensor,
+        *,
+        residuals: tuple[Sequence[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Noise or velocity [B,out,h,w].
+
+        x: noisy latents [B,in,h,w]; timesteps in [0, 1000), a number or [B]; context: text states [B,T,context_width];
+        y: see `vector_conditioning` [B,vector_width]; residuals: a ControlNet's, one per skip connection (in the order
+        of `input_blocks`) and one for the middle. Any h and w will do. Raises ValueError if `y` has another width.
+        """
+        skips, x, emb = self.encode(x, timesteps, context, y)
+        if residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, residuals[0], strict=True)]
+            x = x + residuals[1]
+        for block in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = self._run(block, x, emb, context, size_hw=skips[-1].shape[-2:] if skips else ())
+        return self.out(x)
 
 
 def build_sdxl_unet(

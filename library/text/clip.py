@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from library.models.text_encoders import ClipTextEncoder, first_end_positions
 from library.text import prompt_weights
 from library.text.chunking import CHUNK, WINDOW, SpecialIds, chunk_count, chunk_ids, join, splice
-
-if TYPE_CHECKING:
-    from library.models.text_encoders import ClipTextEncoder
+from library.text.tokenizer_files import TokenizerSource, find_tokenizer, not_found_message
 
 logger = logging.getLogger(__name__)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class TokenizerSource:
-    """Where a tokenizer comes from: its hub id, its folder in there, its folder in a model, a padding id to force."""
-
-    hub_id: str
-    hub_folder: str = ""
-    model_folder: str = "tokenizer"
-    pad: int | None = None
-
-
 CLIP_L = TokenizerSource("openai/clip-vit-large-patch14")
 CLIP_H = TokenizerSource("stabilityai/stable-diffusion-2", hub_folder="tokenizer", pad=0)
-CLIP_G = TokenizerSource("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", model_folder="tokenizer_2", pad=0)
+CLIP_G = TokenizerSource(
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", model_folder="tokenizer_2", pad=0, pad_is_word=True
+)
 
 
 class ClipTokenizer:
@@ -43,6 +36,7 @@ class ClipTokenizer:
     def __init__(self, tokenizer: Any, *, source: str, pad: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.source = source
+        self.added_count = 0  # words that `add_token` has added
         self.special = SpecialIds(
             tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id if pad is None else pad
         )
@@ -79,23 +73,32 @@ class ClipTokenizer:
 
     def add_token(self, token: str) -> int:
         """Adds one token and returns its id. Raises ValueError if the vocabulary has it already."""
-        if self.tokenizer.add_tokens(token) != 1:
-            raise ValueError(f"the tokenizer already knows {token!r}; choose another --token_string.")
+        if token in self.tokenizer.get_vocab() or self.tokenizer.add_tokens(token) != 1:
+            raise ValueError(f"the tokenizer from {self.source} already knows {token!r}; choose another word.")
+        self.added_count += 1
         return self.tokenizer.convert_tokens_to_ids(token)
 
     def check_fits(self, encoder: ClipTextEncoder, model_source: str) -> None:
-        """Raises ValueError if an id of this tokenizer has no row in the encoder's token table."""
+        """Raises ValueError if an id of this tokenizer, added words aside, has no row in the encoder's token table."""
         rows = encoder.get_input_embeddings().weight.shape[0]
-        if len(self.tokenizer) > rows or max(self.special.start, self.special.end, self.special.pad) >= rows:
+        highest = max(self.special.start, self.special.end, self.special.pad)
+        if len(self.tokenizer) - self.added_count > rows or highest >= rows:
             raise ValueError(
                 f"The tokenizer from {self.source} has {len(self.tokenizer)} tokens, but the text encoder of "
                 f"{model_source} has {rows} rows: they do not fit. Put the model's own tokenizer into a folder "
                 "'tokenizer' beside it, or name its folder with --tokenizer_cache_dir."
             )
 
-    def save(self, folder: Path) -> None:
-        """Writes the tokenizer's files, also `vocab.json` and `merges.txt`, which older libraries need."""
-        self.tokenizer.save_pretrained(str(folder))
+    def save(self, folder: Path, *, pads_as_used: bool = False) -> None:
+        """Writes the tokenizer's files, also `vocab.json` and `merges.txt`, which older libraries need.
+
+        With `pads_as_used` its settings name the padding token that this program uses; other pipelines go by them.
+        """
+        tokenizer = self.tokenizer
+        if pads_as_used:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.special.pad)
+        tokenizer.save_pretrained(str(folder))
         model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
         merges = [item if isinstance(item, str) else " ".join(item) for item in model["merges"]]
         (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
@@ -115,67 +118,24 @@ def load_tokenizer(
     local hub cache; the hub (then saved to `cache_dir`), unless without download; the vocabulary inside an installed
     open_clip_torch. Raises FileNotFoundError that lists the places.
     """
-    cached = Path(cache_dir) / source.hub_id.replace("/", "_") if cache_dir else None
-    tried: list[str] = []
-    for folder in (_folder_of_model(source, model_path), cached):
-        if folder is None:
-            continue
-        if _has_vocabulary(folder):
-            return _from_folder(folder, source, name=str(folder))
-        tried.append(str(folder))
-    for local_only in (True, False) if with_download else (True,):
-        try:
-            found = _from_folder(_hub_folder(source, local_only=local_only), source, name=source.hub_id)
-        except Exception as error:
-            place = "the local hub cache" if local_only else "huggingface.co"
-            tried.append(f"{place} ({source.hub_id}: {type(error).__name__})")
-            continue
-        if cached is not None:
-            found.save(cached)
+    found, tried = find_tokenizer(
+        source, partial(_from_folder, source=source), model_path=model_path, cache_dir=cache_dir,
+        with_download=with_download,
+    )  # fmt: skip
+    if found is not None:
         return found
     tokenizer = _from_open_clip()
     if tokenizer is not None:
         return ClipTokenizer(tokenizer, source="the installed open_clip_torch", pad=source.pad)
-    raise FileNotFoundError(
-        f"No tokenizer found. Looked in: {'; '.join(tried)}; open_clip_torch. Put the tokenizer's files into a folder "
-        f"'{source.model_folder}' beside the model, or into --tokenizer_cache_dir."
-    )
+    raise FileNotFoundError(not_found_message(source, [*tried, "open_clip_torch"]))
 
 
-def _folder_of_model(source: TokenizerSource, model_path: str | Path | None) -> Path | None:
-    if model_path is None:
-        return None
-    path = Path(model_path)
-    if path.is_dir():
-        return path / source.model_folder
-    return path.resolve().parent / source.model_folder if path.is_file() else None
-
-
-def _has_vocabulary(folder: Path) -> bool:
-    """Without these files transformers would silently make a tokenizer that knows nothing."""
-    complete_sets = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-    return any(all((folder / name).is_file() for name in names) for names in complete_sets)
-
-
-def _from_folder(folder: Path, source: TokenizerSource, *, name: str) -> ClipTokenizer:
+def _from_folder(folder: Path, name: str, *, source: TokenizerSource) -> ClipTokenizer:
     from transformers import CLIPTokenizer
 
-    return ClipTokenizer(CLIPTokenizer.from_pretrained(str(folder)), source=name, pad=source.pad)
-
-
-def _hub_folder(source: TokenizerSource, *, local_only: bool) -> Path:
-    """The local copy of a hub tokenizer's files; downloaded unless `local_only`. Raises if there is none."""
-    from huggingface_hub import snapshot_download
-
-    prefix = f"{source.hub_folder}/" if source.hub_folder else ""
-    names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
-    root = snapshot_download(
-        source.hub_id, allow_patterns=[prefix + name for name in names], local_files_only=local_only
-    )
-    folder = Path(root) / source.hub_folder
-    if not _has_vocabulary(folder):
-        raise FileNotFoundError(f"{source.hub_id} has no tokenizer files in {folder}")
-    return folder
+    # folders of pipelines name the word as padding token, and then it is cut out of texts and loses its word end
+    changes = {"pad_token": "<|endoftext|>"} if source.pad_is_word else {}
+    return ClipTokenizer(CLIPTokenizer.from_pretrained(str(folder), **changes), source=name, pad=source.pad)
 
 
 def _from_open_clip() -> Any | None:
@@ -221,6 +181,34 @@ def encode_windows(encoder: ClipTextEncoder, input_ids: Tensor, *, clip_skip: in
     return encoder.text_model.final_layer_norm(states[-clip_skip])
 
 
+def encode_inner(
+    encoder: ClipTextEncoder, input_ids: Tensor, *, clip_skip: int | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids [B,n,77] -> (states of an inner layer [B*n,77,d] without the final norm, last layer's with it [B*n,77,d]).
+
+    For models that were trained on the penultimate layer as it is. `clip_skip` k takes the k-th layer from the end
+    (default 2); `mask` [B,n,77] is 1 where attention may look. Differentiable.
+    """
+    ids = input_ids.reshape(-1, input_ids.shape[-1]).to(encoder.device)
+    mask = None if mask is None else mask.reshape(ids.shape).to(encoder.device)
+    output = encoder(ids, attention_mask=mask, output_hidden_states=True)
+    layer = clip_skip or 2
+    if layer >= len(output.hidden_states):
+        raise ValueError(f"--clip_skip {layer}: the text encoder has only {len(output.hidden_states) - 1} layers.")
+    return output.hidden_states[-layer], output.last_hidden_state
+
+
+def pooled_text(encoder: ClipTextEncoder, last: Tensor, input_ids: Tensor, end_id: int) -> Tensor:
+    """Last states [B*n,77,d] and ids [B,n,77] -> [B,p]: those at the first end token of the first window, projected.
+
+    Without a projection the states themselves. The first end token, not the highest id: added words have higher ones.
+    """
+    first = input_ids[:, 0].to(last.device)
+    states = last.unflatten(0, input_ids.shape[:2])[:, 0]
+    pooled = states[torch.arange(len(states), device=last.device), first_end_positions(first, end_id)]
+    return pooled if encoder.text_projection is None else encoder.text_projection(pooled).to(pooled.dtype)
+
+
 def encode_captions(
     encoder: ClipTextEncoder, input_ids: Tensor, *, clip_skip: int | None = None, weights: Tensor | None = None
 ) -> Tensor:
@@ -239,7 +227,9 @@ class PromptStyle:
     with_breaks: bool = False
 
 
-def tokenize_prompts(tokenizer: ClipTokenizer, prompts: Sequence[str], style: PromptStyle) -> tuple[Tensor, Tensor]:
+def tokenize_prompts(
+    tokenizer: ClipTokenizer, prompts: Sequence[str], style: PromptStyle, *, least_chunks: int = 1
+) -> tuple[Tensor, Tensor]:
     """Prompts -> ids int64 [B,n,77] and weights float32 [B,n,77] with the smallest n that holds the longest prompt."""
     encoded = []
     for prompt in prompts:
@@ -255,7 +245,7 @@ def tokenize_prompts(tokenizer: ClipTokenizer, prompts: Sequence[str], style: Pr
             "The longest prompt needs --max_embeddings_multiples %d, it is %d: the end of the prompt is cut off.",
             needed_chunks, style.max_chunks,
         )  # fmt: skip
-    chunks = min(style.max_chunks, needed_chunks)
+    chunks = min(style.max_chunks, max(needed_chunks, least_chunks))
     return tokenizer.pack(encoded, prompts, chunks)
 
 
