@@ -47,6 +47,24 @@ class OptimizerOwnedRates:
         """Accepts what `state_dict` gave."""
 
 
+class RelativeStepRates(OptimizerOwnedRates):
+    """The schedule of Adafactor with relative_step=True: the rates that it finds, and `initial` before it has any."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, initial: float) -> None:
+        super().__init__(optimizer)
+        self.initial = initial
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rate that the last step used for the first parameter of each group that has been stepped."""
+        return [self._rate(group) for group in self.optimizer.param_groups]
+
+    def _rate(self, group: dict[str, Any]) -> float:
+        adafactor: Any = self.optimizer
+        states = (adafactor.state.get(parameter) for parameter in group["params"])
+        state = next((state for state in states if state), None)
+        return float(adafactor._get_lr(group, state)) if state else self.initial
+
+
 @dataclass(frozen=True)
 class _Plan:
     """The numbers that the formulas share."""
@@ -294,9 +312,9 @@ def _refuse_warmup(warmup: int, what: str, advice: str) -> None:
         raise UserError(f"{what} has no warm-up, but --lr_warmup_steps gives {warmup} steps. {advice}")
 
 
-def _adafactor(name: str, optimizer: torch.optim.Optimizer, warmup: int) -> LRScheduler:
+def _adafactor(name: str, optimizer: torch.optim.Optimizer, warmup: int) -> RelativeStepRates:
     """A schedule that reports the learning rates which Adafactor finds; `name` carries the first: adafactor:<lr>."""
-    from transformers.optimization import Adafactor, AdafactorSchedule
+    from transformers.optimization import Adafactor
 
     if not isinstance(optimizer, Adafactor) or not all(group["relative_step"] for group in optimizer.param_groups):
         raise UserError(
@@ -311,7 +329,7 @@ def _adafactor(name: str, optimizer: torch.optim.Optimizer, warmup: int) -> LRSc
         raise UserError(
             f"--lr_scheduler {name} lacks the initial learning rate; leave --lr_scheduler away with Adafactor."
         ) from None
-    return AdafactorSchedule(optimizer, initial)
+    return RelativeStepRates(optimizer, initial)
 
 
 def _by_path(path: str, optimizer: torch.optim.Optimizer, warmup: int, arguments: dict[str, Any]) -> LRScheduler:

@@ -296,12 +296,13 @@ def parse_key_values(items: Iterable[str] | None, option: str) -> dict[str, Any]
 
 # --- creation ----------------------------------------------------------------------------------------------
 def create_optimizer(
-    options: OptimizerOptions, parameters: Parameters, *, is_one_of_several: bool = False
+    options: OptimizerOptions, parameters: Parameters, *, is_one_of_several: bool = False, is_silent: bool = False
 ) -> CreatedOptimizer:
     """The optimizer that the options ask for, over a list of parameters or of groups (a group's "lr" wins).
 
     `is_one_of_several` marks fused and blockwise optimizers, where Adafactor's relative step is refused. Warnings go
-    to the log. Raises UserError for a bad name, bad arguments, or arguments that the class does not take.
+    to the log unless `is_silent`. Raises UserError for a bad name, bad arguments, or arguments that the class does not
+    take.
     """
     name = optimizer_name(options)
     found, prepare = _resolve(name)
@@ -322,7 +323,8 @@ def create_optimizer(
             "add relative_step=False (and scale_parameter=False, warmup_init=False) to --optimizer_args."
         )
     for level, message in request.messages:
-        logger.log(level, message)
+        if not is_silent:
+            logger.log(level, message)
     optimizer = _construct(name, found, request)
     train_mode = getattr(optimizer, "train", None)
     if callable(train_mode):

@@ -27,7 +27,7 @@ REDACTED = frozenset(
 
 def print_banner(accelerator: Accelerator, options: Options, group: DatasetGroup, plan: StepPlan) -> None:
     """The counts of a run, as one block at its start."""
-    batch_sizes = ", ".join(str(dataset.config.batch_size) for dataset in group.datasets)
+    batch_sizes = ", ".join(map(str, group.batch_sizes))
     accelerator.print(
         "running training\n"
         f"  num train images * repeats: {group.num_train_images}\n"
@@ -88,7 +88,7 @@ class RunLog:
         run = self._run
         values: dict[str, float] = {}
         name = run.optimizer.name.rsplit(".", 1)[-1].lower()
-        groups = run.optimizer.optimizer.param_groups
+        groups = run.parameter_groups()
         for title, rate, group in zip(self._group_names, run.scheduled_rates(), groups, strict=True):
             values[f"lr/{title}"] = rate
             if (name.startswith("dadapt") or name == "prodigy") and "d" in group:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +82,27 @@ def remove_saved(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def replace_folder(scratch: Path, folder: Path) -> None:
+    """Rename `scratch` to `folder`; an earlier one stays whole until the new one is in place."""
+    if folder.exists():
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(scratch, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(scratch, folder)
+
+
+def place_model_folder(scratch: Path, folder: Path) -> None:
+    """Move a complete Diffusers folder to its place. It replaces an earlier model; other files there are kept."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        shutil.copytree(scratch, folder, dirs_exist_ok=True)
+        shutil.rmtree(scratch)
+    else:
+        replace_folder(scratch, folder)
+
+
 @dataclass(frozen=True)
 class Saver:
     """Saves models and states in the order model, state, rotation: nothing old goes before the new is complete.
@@ -96,6 +118,7 @@ class Saver:
     write_model: Callable[[Path, int, int], None]
     write_state: Callable[[Path], None]
     wait: Callable[[], None] = lambda: None
+    companions: Callable[[Path], Sequence[Path]] = lambda path: ()  # files that belong to a model file
 
     def after_step(self, step: int, completed_epochs: int) -> None:
         """Save if `--save_every_n_steps` says so."""
@@ -139,4 +162,5 @@ class Saver:
 
     def _remove(self, path: Path | None) -> None:
         if path is not None and self.is_main_process:
-            remove_saved(path)
+            for item in (path, *self.companions(path)):
+                remove_saved(item)

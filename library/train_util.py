@@ -6,9 +6,9 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.data.minimal_dataset import MinimalDataset as MinimalDataset
 from library.data.records import Batch
-from library.methods.base import TrainingMethod
-from library.optimizers import CreatedOptimizer
+from library.families.base import ModelFamily
+from library.memory.fused_step import FusedBackward, FusedOptimizers, FusedStep, pieces_by_block, pieces_by_count
+from library.methods.base import ParameterGroup, TrainingMethod
+from library.optimizers import CreatedOptimizer, create_optimizer
 from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: makes the learning-rate schedule of an optimizer
+Schedule = Callable[[CreatedOptimizer], Any]
 DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -232,11 +237,46 @@ class LossModule(nn.Module):
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one batch gave. `grad_norm` is None between accumulation boundaries and when clipping is off."""
+    """What one batch gave. `grad_norm` is None where nothing was clipped as a whole."""
 
     loss: float
     grad_norm: float | None = None
     scalars: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimizerSet:
+    """The optimizers of a run and their schedules: one of each, or several that `fused` steps in the backward pass."""
+
+    created: list[CreatedOptimizer]
+    schedules: list[Any]
+    groups: list[ParameterGroup]  # all groups of all optimizers, in order
+    fused: FusedStep | None = None  # None: the run clips and steps when all gradients are there
+
+    @classmethod
+    def make(
+        cls, options: Options, groups: list[ParameterGroup], family: ModelFamily, schedule: Schedule
+    ) -> OptimizerSet:
+        """What `--optimizer_type`, `--lr_scheduler` and the options for steps in the backward pass ask for."""
+        memory, chosen = options.memory, options.optimizer
+        parameters = [group.parameters for group in groups]
+        if memory.fused_optimizer_groups:
+            pieces = pieces_by_count(parameters, memory.fused_optimizer_groups)
+        elif memory.blockwise_fused_optimizers:
+            pieces = pieces_by_block(parameters, [block for _, block in family.blocks()])
+        else:
+            created = create_optimizer(chosen, [group.for_optimizer() for group in groups])
+            fused = None
+            if chosen.fused_backward_pass:
+                fused = FusedBackward(created.optimizer, max_grad_norm=chosen.max_grad_norm)
+            return cls([created], [schedule(created)], groups, fused)
+        groups = [replace(groups[piece.group], parameters=piece.parameters) for piece in pieces]
+        several = [
+            create_optimizer(chosen, [group.for_optimizer()], is_one_of_several=True, is_silent=number > 0)
+            for number, group in enumerate(groups)
+        ]
+        steps = FusedOptimizers([created.optimizer for created in several], max_grad_norm=chosen.max_grad_norm)
+        return cls(several, [schedule(created) for created in several], groups, steps)
 
 
 @dataclass
@@ -246,8 +286,7 @@ class Run:
     options: Options
     accelerator: Accelerator
     method: TrainingMethod
-    optimizer: CreatedOptimizer
-    lr_scheduler: Any
+    optimizers: OptimizerSet
     plan: StepPlan
     seed: int
     position: Position = field(default_factory=Position)
@@ -255,14 +294,27 @@ class Run:
 
     def __post_init__(self) -> None:
         module = LossModule(self.method)
-        self.model, self._stepper, self._schedule = self.accelerator.prepare(
-            module, self.optimizer.optimizer, self.lr_scheduler
-        )
+        if self.optimizers.fused:  # these step and schedule themselves, in one process
+            self.model = self.accelerator.prepare(module)
+        else:
+            [schedule] = self.optimizers.schedules
+            self.model, self._stepper, self._schedule = self.accelerator.prepare(
+                module, self.optimizer.optimizer, schedule
+            )
         self.model.train()
 
+    @property
+    def optimizer(self) -> CreatedOptimizer:
+        """The optimizer; the first one if there are several, which then differ only in their parameters."""
+        return self.optimizers.created[0]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Every group of every optimizer, in the order of `optimizers.groups`."""
+        return [group for created in self.optimizers.created for group in created.optimizer.param_groups]
+
     def scheduled_rates(self) -> list[float]:
-        """The learning rate of every optimizer group for the next step, as the scheduler reports it."""
-        return [float(rate) for rate in self.lr_scheduler.get_last_lr()]
+        """The learning rate of every optimizer group for the next step, as the schedules report it."""
+        return [float(rate) for schedule in self.optimizers.schedules for rate in schedule.get_last_lr()]
 
     def step(
         self, batch: Batch, *, sync: bool, timesteps: Tensor | None = None, noise: Tensor | None = None
@@ -271,20 +323,29 @@ class Run:
         accelerator, method = self.accelerator, self.method
         accelerator.sync_gradients = sync
         method.on_step_start()
-        grad_norm = None
         with nullcontext() if sync else accelerator.no_sync(self.model):
             loss = self.model(batch, timesteps, noise).mean()
+            if self.optimizers.fused:
+                self.optimizers.fused.begin(is_last=sync)
             accelerator.backward(loss)
-        if sync:
-            max_norm = self.options.optimizer.max_grad_norm
-            if max_norm:
-                norm = accelerator.clip_grad_norm_(method.trained_parameters(), max_norm)
-                grad_norm = None if norm is None else float(norm)
-            method.before_optimizer_step()
-            self._stepper.step()
-            self._schedule.step()
-            self._stepper.zero_grad(set_to_none=True)
+        grad_norm = self._update() if sync else None
         return StepOutcome(float(loss.detach()), grad_norm, method.after_step(synced=sync))
+
+    def _update(self) -> float | None:
+        """One optimizer step on complete gradients; returns their norm before clipping."""
+        if self.optimizers.fused:
+            self.optimizers.fused.finish()
+            for schedule in self.optimizers.schedules:
+                schedule.step()
+            return None
+        norm, max_norm = None, self.options.optimizer.max_grad_norm
+        if max_norm:
+            norm = self.accelerator.clip_grad_norm_(self.method.trained_parameters(), max_norm)
+        self.method.before_optimizer_step()
+        self._stepper.step()
+        self._schedule.step()
+        self._stepper.zero_grad(set_to_none=True)
+        return None if norm is None else float(norm)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -299,7 +360,8 @@ class Run:
 
     def _parts(self) -> TrainingParts:
         scaler = getattr(self.accelerator, "scaler", None)
-        return TrainingParts(self.method.trainable, self.optimizer.optimizer, self.lr_scheduler, scaler)
+        optimizers = [created.optimizer for created in self.optimizers.created]
+        return TrainingParts(self.method.trainable, optimizers, self.optimizers.schedules, scaler)
 
     def save_state(self, folder: Path) -> None:
         """Write everything that an exact continuation needs; call on every process."""

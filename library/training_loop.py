@@ -12,22 +12,34 @@ from typing import TYPE_CHECKING
 import torch
 
 from library import devices, progress
+from library.caching import (
+    CacheRepair,
+    fill_latent_caches,
+    fill_text_caches,
+    released_text_encoders,
+    text_encoding,
+    text_option_problems,
+)
 from library.config_util import SupportedKinds, describe, load_data_config
-from library.data.cache import CacheOptions, cache_latents
+from library.data.cache import check_cacheable
+from library.data.custom_group import load_dataset_class
 from library.data.dataset import DatasetGroup, build_group
 from library.data.decode_check import check_images
 from library.data.discovery import Surroundings, discover_all
 from library.data.loader import BatchLoader
+from library.data.preview import open_window, show_dataset
+from library.data.text_cache import text_cache_problems
 from library.families.base import ModelFamily
 from library.generation.training_samples import TrainingSampler, sampling_problems
 from library.lr_schedulers import create_lr_scheduler
+from library.memory.fused_step import fused_step_problems
 from library.metadata import RunFacts, TrainingMetadata
 from library.methods.base import ParameterGroup, Placement, TrainingMethod
-from library.optimizers import create_optimizer
 from library.options import non_default
 from library.options.errors import UserError
 from library.saving import SaveNames, Saver
 from library.train_util import (
+    OptimizerSet,
     Precision,
     Run,
     StepPlan,
@@ -56,30 +68,38 @@ def train(
     family = family_class(options)
     method = method_class(options, family)
     raise_problems(family.check_options() + method.check_options() + sampling_problems(options))
+    raise_problems(text_option_problems(options, family, method))
     warn_without_effect(options, {**family.without_effect, **method.without_effect})
     method.prepare_text()
     resumed = resumed_progress(options)
     accelerator = make_accelerator(options, started_at)
+    raise_problems(fused_step_problems(options, accelerator.num_processes))
     seed = resolve_seed(options, resumed, accelerator)
     devices.seed_all(seed)
 
     group = load_data(options, method, kinds, seed, is_main_process=accelerator.is_main_process)
     if options.dataset.debug_dataset:
-        show_data(options, group)
+        show_data(options, family, group, is_main_process=accelerator.is_main_process)
         return
 
     plan = StepPlan.make(options, len(group), accelerator.num_processes)
     group.max_train_steps = plan.max_steps
     start = starting_position(options, plan, resumed)
+    sampler = TrainingSampler(
+        options, accelerator=accelerator, predict_for=method.predict_for, prompt_text=method.prompt_text
+    )
     placement = load_models(options, family, method, group, accelerator)
+    if options.cache.cache_text_encoder_outputs:
+        cache_texts(options, method, group, sampler, accelerator)
     run, groups = make_run(options, method, placement, accelerator, plan, seed)
+    family.release_text_encoders(released_text_encoders(options, family, method))
     for encoder in family.text_encoders:
         if encoder is not None:
             encoder.to(accelerator.device)
     run.position = start
     if resumed:
         run.resume(Path(str(options.saving.resume)), resumed)
-    run_epochs(run, group, groups, started_at)
+    run_epochs(run, group, groups, sampler, started_at)
 
 
 def raise_problems(problems: list[str]) -> None:
@@ -98,14 +118,19 @@ def warn_without_effect(options: Options, reasons: Mapping[str, str]) -> None:
 def load_data(
     options: Options, method: TrainingMethod, kinds: SupportedKinds, seed: int, *, is_main_process: bool
 ) -> DatasetGroup:
-    """Dataset file or folders -> batches."""
+    """Dataset class, dataset file or folders -> batches."""
     family, validation = method.family, options.validation
+    if options.dataset.dataset_class:
+        return load_dataset_class(
+            options, spec=family.latent, tokenize=method.tokenize, seed=seed, bucket_step=method.bucket_step,
+            caption_replacements=method.caption_replacements,
+        )
     config = load_data_config(
-        options.dataset, kinds, bucket_step=family.latent.bucket_step, resolution_step=family.latent.pixel_unit,
+        options.dataset, kinds, bucket_step=method.bucket_step, resolution_step=family.latent.pixel_unit,
         validation_split=validation.validation_split,
         validation_seed=seed if validation.validation_seed is None else validation.validation_seed,
     )
-    found = discover_all(config, Surroundings(family.latent.cache_suffix, is_main_process))
+    found = discover_all(config, Surroundings(family.latent, is_main_process))
     records = [parts.training for parts in found]
     group = build_group(
         config, records, spec=family.latent, tokenize=method.tokenize, seed=seed,
@@ -114,18 +139,25 @@ def load_data(
     group.check_bucket_sizes(family.latent.pixel_unit)
     group.caption_replacements = method.caption_replacements
     logger.info("%s", describe(config, records))
-    if is_main_process and not options.cache.cache_latents:
-        check_images(group)  # caching decodes every image anyway
+    if options.cache.cache_text_encoder_outputs:
+        raise_problems(text_cache_problems(group))
+    if is_main_process:  # caching latents decodes every image anyway, but no conditioning images
+        check_images(group, conditioning_only=options.cache.cache_latents)
     return group
 
 
-def show_data(options: Options, group: DatasetGroup) -> None:
-    """`--debug_dataset`: what the trainer would see, then the end."""
-    from library.data.loader import show_dataset
-
+def show_data(options: Options, family: ModelFamily, group: DatasetGroup, *, is_main_process: bool) -> None:
+    """`--debug_dataset`: what the trainer would see, then the end. Latents are not cached, so that images are seen."""
+    if not is_main_process:
+        return
+    if options.cache.cache_latents:
+        check_cacheable(group)
+    if options.cache.cache_text_encoder_outputs:
+        group.text_cache = family.text_cache  # captions as they would be cached
     folder = Path(options.saving.output_dir or ".") / "debug_dataset"
-    show_dataset(group, folder)
-    print(f"dataset shown in {folder}; no training with --debug_dataset")
+    files = show_dataset(group, folder)
+    window = " and in a window" if len(files) > 1 and open_window(files[-1]) else ""
+    print(f"dataset shown in {', '.join(map(str, files))}{window}; no training with --debug_dataset")
 
 
 def placement_for(options: Options, accelerator: Accelerator) -> Placement:
@@ -140,7 +172,7 @@ def load_models(
     """Files -> modules, and the caches that only need frozen models; the order keeps peak memory low."""
     precision, placement = Precision.from_options(options), placement_for(options, accelerator)
     family.load(
-        weight_dtype=precision.weight, vae_dtype=precision.vae,
+        weight_dtype=method.loading_dtype(placement), vae_dtype=precision.vae,
         device=accelerator.device if options.training.lowram else torch.device("cpu"),
     )
     method.before_caching(placement)
@@ -153,6 +185,19 @@ def load_models(
     return placement
 
 
+def cache_texts(
+    options: Options, method: TrainingMethod, group: DatasetGroup, sampler: TrainingSampler, accelerator: Accelerator
+) -> None:
+    """Everything that needs the text encoders which are released afterwards: captions, prompts of sample images."""
+    family = method.family
+    released = released_text_encoders(options, family, method)
+    with text_encoding(family, accelerator):
+        fill_text_caches(options, family, method.tokenize, group, accelerator)
+        sampler.prepare(family, released)
+    group.needs_tokens = not all(released)
+    accelerator.wait_for_everyone()
+
+
 def make_run(
     options: Options, method: TrainingMethod, placement: Placement, accelerator: Accelerator, plan: StepPlan, seed: int
 ) -> tuple[Run, list[ParameterGroup]]:
@@ -160,27 +205,14 @@ def make_run(
     groups = method.attach(placement)
     if accelerator.process_index:
         devices.seed_all(seed + accelerator.process_index)  # every process its own noise
-    optimizer = create_optimizer(options.optimizer, [group.for_optimizer() for group in groups])
-    scheduler = create_lr_scheduler(
-        options.optimizer, optimizer, num_training_steps=plan.max_steps * accelerator.num_processes,
-        num_processes=accelerator.num_processes,
+    optimizers = OptimizerSet.make(
+        options, groups, method.family,
+        lambda created: create_lr_scheduler(
+            options.optimizer, created, num_training_steps=plan.max_steps * accelerator.num_processes,
+            num_processes=accelerator.num_processes,
+        ),
     )
-    return Run(options, accelerator, method, optimizer, scheduler, plan, seed), groups
-
-
-def fill_latent_caches(options: Options, family: ModelFamily, group: DatasetGroup, accelerator: Accelerator) -> None:
-    """`--cache_latents`: encode every image once, in memory or on disk."""
-    choices = CacheOptions(
-        to_disk=options.cache.cache_latents_to_disk, vae_batch_size=options.cache.vae_batch_size,
-        skip_check=options.cache.skip_cache_check, vae_identity=family.vae_identity,
-        high_vram=options.training.highvram,
-    )
-    with torch.no_grad():
-        report = cache_latents(
-            group, family.encode_images, spec=family.latent, options=choices, rank=accelerator.process_index,
-            world_size=accelerator.num_processes, device=accelerator.device,
-        )
-    logger.info("%s", report)
+    return Run(options, accelerator, method, optimizers, plan, seed), optimizers.groups
 
 
 @dataclass(frozen=True)
@@ -192,18 +224,21 @@ class Outputs:
     log: progress.RunLog
 
 
-def run_epochs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], started_at: float) -> None:
+def run_epochs(
+    run: Run, group: DatasetGroup, groups: list[ParameterGroup], sampler: TrainingSampler, started_at: float
+) -> None:
     """The loop: epochs, batches, and what is due between them."""
     options, accelerator, plan, method = run.options, run.accelerator, run.plan, run.method
-    out = make_outputs(run, group, groups, started_at)
+    out = make_outputs(run, group, groups, sampler, started_at)
     loader = BatchLoader(
         group, accumulation=plan.accumulation, rank=accelerator.process_index, world_size=accelerator.num_processes,
         num_workers=options.dataset.max_data_loader_n_workers,
         persistent_workers=options.dataset.persistent_data_loader_workers,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=accelerator.device.type == "cuda", remake=CacheRepair(method, group, accelerator),
     )
     progress.print_banner(accelerator, options, group, plan)
     sample(run, out, epoch=0, step=0, is_due=options.sampling.sample_at_first)
+    method.on_start(run.position.step)
 
     for epoch in range(run.position.epoch, plan.epochs + 1):
         accelerator.print(f"\nepoch {epoch}/{plan.epochs}", flush=True)
@@ -250,7 +285,9 @@ def sample(run: Run, out: Outputs, *, epoch: int | None, step: int, is_due: bool
             out.sampler.draw(run.method.family, epoch=epoch, step=step)
 
 
-def make_outputs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], started_at: float) -> Outputs:
+def make_outputs(
+    run: Run, group: DatasetGroup, groups: list[ParameterGroup], sampler: TrainingSampler, started_at: float
+) -> Outputs:
     """Saver, sampler and log of a run."""
     options, accelerator, method = run.options, run.accelerator, run.method
     precision = Precision.from_options(options)
@@ -265,9 +302,8 @@ def make_outputs(run: Run, group: DatasetGroup, groups: list[ParameterGroup], st
 
     saver = Saver(
         options, names, run.plan.save_every_n_epochs(options), accelerator.is_main_process, write_model, run.save_state,
-        accelerator.wait_for_everyone,
+        accelerator.wait_for_everyone, method.companion_files,
     )
-    sampler = TrainingSampler(options, accelerator=accelerator, predict_for=method.predict_for)
     skipped = options.training.skip_until_initial_step
     done = run.position.step
     log = progress.RunLog(

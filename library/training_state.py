@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,14 +23,13 @@ from library.optimizer_state import (
     optimizer_state_tensors,
     scheduler_state,
 )
+from library.saving import replace_folder
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 POSITION_FILE = "train_state.json"
 MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-OPTIMIZER_SETTINGS_FILE = "optimizer.json"
 SCHEDULER_FILE = "scheduler.json"
 LEGACY_OPTIMIZER_FILE = "optimizer.bin"
 
@@ -67,9 +67,15 @@ class TrainingParts:
     """The unwrapped objects whose state belongs to a run."""
 
     trainable: nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: Stateful
+    optimizers: Sequence[torch.optim.Optimizer]
+    lr_schedulers: Sequence[Stateful]  # one per optimizer
     scaler: Stateful | None = None
+
+
+def optimizer_files(folder: Path, number: int) -> tuple[Path, Path]:
+    """(tensors, settings) of optimizer `number`."""
+    stem = f"optimizer_{number}" if number else "optimizer"
+    return folder / f"{stem}.safetensors", folder / f"{stem}.json"
 
 
 def save_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, rank: int, is_main_process: bool,
@@ -83,23 +89,26 @@ def save_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, r
     _save_random_states(scratch, rank)
     if is_main_process:
         save_tensors(scratch / MODEL_FILE, parts.trainable.state_dict(), metadata={"format": "pt"})
-        tensors, settings = optimizer_state_tensors(parts.optimizer)
-        save_tensors(scratch / OPTIMIZER_FILE, tensors, metadata={"format": "pt"})
-        _write_json(scratch / OPTIMIZER_SETTINGS_FILE, settings)
+        for number, optimizer in enumerate(parts.optimizers):
+            tensors, settings = optimizer_state_tensors(optimizer)
+            tensors_file, settings_file = optimizer_files(scratch, number)
+            save_tensors(tensors_file, tensors, metadata={"format": "pt"})
+            _write_json(settings_file, settings)
         scaler = parts.scaler.state_dict() if parts.scaler is not None else None
-        schedule = {"scheduler": scheduler_state(parts.lr_scheduler), "scaler": scaler}
+        first, *further = [scheduler_state(schedule) for schedule in parts.lr_schedulers]
+        schedule = {"scheduler": first, "further_schedulers": further, "scaler": scaler}
         _write_json(scratch / SCHEDULER_FILE, schedule)
         _write_json(scratch / POSITION_FILE, _position_json(progress))
     wait()
     if is_main_process:
-        _replace_folder(scratch, folder)
+        replace_folder(scratch, folder)
     wait()
 
 
 def read_progress(folder: Path) -> SavedProgress:
     """What a state says about its run. Raises FileNotFoundError/ValueError for something that is no state."""
     interrupted = folder.with_name(f"{folder.name}.old")
-    if not folder.exists() and interrupted.is_dir():  # killed between the two renames of `_replace_folder`
+    if not folder.exists() and interrupted.is_dir():  # killed between the two renames of `replace_folder`
         os.replace(interrupted, folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"--resume {folder}: no such folder. Give the path of a saved state (…-state).")
@@ -126,10 +135,18 @@ def load_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, r
             "generators and the position start anew.", folder,
         )
         return
-    settings = _read_json(folder / OPTIMIZER_SETTINGS_FILE)
-    load_optimizer_state(parts.optimizer, load_tensors(folder / OPTIMIZER_FILE), settings)
     schedule = _read_json(folder / SCHEDULER_FILE)
-    load_scheduler_state(parts.lr_scheduler, schedule["scheduler"])
+    saved_schedules = [schedule["scheduler"], *schedule.get("further_schedulers", [])]
+    if len(saved_schedules) != len(parts.optimizers):
+        raise ValueError(
+            f"--resume {folder}: the state holds {len(saved_schedules)} optimizers, this run has "
+            f"{len(parts.optimizers)}. Resume with the options of the interrupted run (--fused_optimizer_groups, "
+            "--blockwise_fused_optimizers)."
+        )
+    for number, optimizer in enumerate(parts.optimizers):
+        tensors_file, settings_file = optimizer_files(folder, number)
+        load_optimizer_state(optimizer, load_tensors(tensors_file), _read_json(settings_file))
+        load_scheduler_state(parts.lr_schedulers[number], saved_schedules[number])
     if parts.scaler is not None and schedule["scaler"]:
         parts.scaler.load_state_dict(schedule["scaler"])
     _load_random_states(folder, rank)
@@ -195,18 +212,6 @@ def _load_random_states(folder: Path, rank: int) -> None:
     torch.set_rng_state(tensors.pop("torch"))
     if tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([tensors[name] for name in sorted(tensors, key=lambda n: int(n.split(".")[1]))])
-
-
-def _replace_folder(scratch: Path, folder: Path) -> None:
-    """Rename `scratch` to `folder`; an earlier one stays whole until the new one is in place."""
-    if folder.exists():
-        old = folder.with_name(f"{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(scratch, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(scratch, folder)
 
 
 def _write_json(path: Path, value: Any) -> None:

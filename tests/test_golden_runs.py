@@ -53,6 +53,7 @@ def recorded_batch(run: Run, golden: GoldenRun, index: int) -> Batch:
     """The batch of one recorded step, from its captions and its (already scaled) latents."""
     step = golden.steps[index]
     scaled = torch.stack([golden.tensors[f"latents.{key}"] for key in step["image_keys"]])
+    spec = run.method.family.latent
     count = len(step["image_keys"])
     return Batch(
         captions=step["captions"],
@@ -62,7 +63,7 @@ def recorded_batch(run: Run, golden: GoldenRun, index: int) -> Batch:
         target_sizes_hw=torch.tensor(step["target_sizes_hw"]),
         network_multipliers=torch.ones(count),
         image_keys=step["image_keys"],
-        latents=run.method.family.latent.denormalize(scaled),
+        latents=scaled if spec.cache_is_scaled else spec.denormalize(scaled),
         tokens=run.method.family.tokenize(step["captions"]),
     )
 

@@ -62,6 +62,15 @@ class LossRecipe:
     weighted_captions: bool = False
     vae_batch_size: int = 1
 
+    @classmethod
+    def from_options(cls, options: Options, family: ModelFamily) -> LossRecipe:
+        """What the options ask for, with the family's objective."""
+        return cls(
+            objective=family.make_objective(), noise=family.training_noise(),
+            loss_type=options.loss.loss_type, masked_loss=options.dataset.masked_loss,
+            weighted_captions=options.dataset.weighted_captions, vae_batch_size=options.cache.vae_batch_size,
+        )
+
 
 class TrainingMethod(ABC):
     """What is trained, with which loss, and how it is saved; never asks which family it has.
@@ -107,7 +116,20 @@ class TrainingMethod(ABC):
         """Text in captions -> what stands there instead, or a list to choose from; "" replaces whole captions."""
         return {}
 
+    @property
+    def bucket_step(self) -> int:
+        """The `bucket_reso_steps` of a dataset must be a multiple of it."""
+        return self.family.latent.bucket_step
+
+    def prompt_text(self, prompt: str) -> str:
+        """The text of a sample prompt as the trained model should read it."""
+        return prompt
+
     # --- set-up --------------------------------------------------------------------------------------------
+    def loading_dtype(self, placement: Placement) -> torch.dtype:
+        """The dtype in which the family loads denoiser and text encoders."""
+        return placement.weight_dtype
+
     def before_caching(self, placement: Placement) -> None:
         """Changes to the loaded models that caches must already see (base weights merged in)."""
 
@@ -120,6 +142,9 @@ class TrainingMethod(ABC):
         """What gradient clipping covers."""
 
     # --- the step ------------------------------------------------------------------------------------------
+    def on_start(self, step: int) -> None:
+        """Called once before the first batch; `step` optimizer steps are done already (a resumed run)."""
+
     def on_epoch_start(self, epoch: int) -> None:
         """Called with the 1-based epoch before its first batch."""
 
@@ -135,9 +160,11 @@ class TrainingMethod(ABC):
 
     def conditioning(self, batch: Batch) -> Conditioning:
         """Text conditioning of a batch; differentiable where a text encoder is trained."""
-        if self.recipe.weighted_captions:
+        if self.recipe.weighted_captions and batch.text_outputs is None:
             return self.family.encode_weighted_captions(batch.captions)
-        return self.family.encode_text(batch.tokens or {}, batch.text_outputs)
+        conditioning = self.family.encode_text(batch.tokens or {}, batch.text_outputs)
+        is_training = any(module.training for module in self.trainable.values())
+        return self.family.drop_text(conditioning) if is_training else conditioning
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, batch: Batch) -> Tensor:
         """Raw prediction [B,C,h,w] of the trained model. ControlNet-like methods override this."""
@@ -176,6 +203,10 @@ class TrainingMethod(ABC):
         self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], counters: tuple[int, int] = (0, 0)
     ) -> None:
         """Write the result atomically to `path`; `counters` = (epochs, steps) of this run."""
+
+    def companion_files(self, path: Path) -> list[Path]:
+        """Files that `save` may have written beside `path`; they are deleted together with it."""
+        return []
 
     @property
     @abstractmethod

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from library.data.records import Batch
 from library.families.base import Conditioning
 from library.methods.base import LossRecipe, ParameterGroup, Placement, TrainingMethod
-from library.noise import NoiseConfig
 from library.options import read_only_namespace
 from networks import contract
 
@@ -65,6 +64,11 @@ class NetworkTraining(TrainingMethod):
                 device=placement.device if self.options.training.lowram else "cpu",
             )
 
+    @property
+    def bucket_step(self) -> int:
+        """At least 32, also for models that could be trained with finer steps."""
+        return max(32, self.family.latent.bucket_step)
+
     def attach(self, placement: Placement) -> list[ParameterGroup]:
         """Create the network, hook it into the model, place everything."""
         options, family = self.options, self.family
@@ -88,11 +92,7 @@ class NetworkTraining(TrainingMethod):
         models = self._models()
         self.network.prepare_grad_etc(models.text_encoder, models.unet)
         self.trainable = nn.ModuleDict({"network": self.network})
-        self.recipe = LossRecipe(
-            objective=family.make_objective(), noise=NoiseConfig.from_options(options.noise),
-            loss_type=options.loss.loss_type, masked_loss=options.dataset.masked_loss,
-            weighted_captions=options.dataset.weighted_captions, vae_batch_size=options.cache.vae_batch_size,
-        )
+        self.recipe = LossRecipe.from_options(options, family)
         return [
             ParameterGroup(name, list(group["params"]), group.get("lr"))
             for name, group in zip(names, groups, strict=True)
