@@ -25,18 +25,21 @@ logger = logging.getLogger(__name__)
 
 # (x_t [R,C,h,w], timesteps float32 [R], conditioning, sizes) -> raw prediction [R,C,h,w]; R rows of all guidance parts
 Predict = Callable[[Tensor, Tensor, Conditioning, SizeConditioning], Tensor]
+# the signature of `ModelFamily.encode_prompts`
+EncodePrompts = Callable[..., tuple[Conditioning, Conditioning]]
 
 
 @dataclass(frozen=True)
 class DrawSettings:
     """How all images of a run are drawn.
 
-    `predict_for` replaces `family.predict` where it gives something (ControlNet). `style` says how prompts are read
-    (None: the family's own way). `hooks` are asked for a step hook once per batch. `vae_batch_size` images are decoded
-    together.
+    `predict_for` replaces `family.predict` where it gives something (ControlNet), `encode_prompts` the family's method
+    of that name (released text encoders). `style` says how prompts are read (None: the family's own way). `hooks` are
+    asked for a step hook once per batch. `vae_batch_size` images are decoded together.
     """
 
     predict_for: Callable[[ImageRequest], Predict | None] | None = None
+    encode_prompts: EncodePrompts | None = None
     style: PromptStyle | None = None
     hooks: Sequence[HookFactory] = ()
     vae_batch_size: int = 1
@@ -87,7 +90,7 @@ def _denoise(
 ) -> Tensor:
     """Model latents float32 [B,C,h,w] of one batch."""
     request, spec = batch[0], family.sampling_spec()
-    _check_size(request, family.latent.downsample)
+    _check_size(request, family.latent.pixel_unit)
     latent_hw = request.height // family.latent.downsample, request.width // family.latent.downsample
     noises = [
         ImageNoise(request, (1, family.latent.channels, *latent_hw), spec, device=device, dtype=dtype)
@@ -110,7 +113,7 @@ def _denoise(
         if request.mask_image is not None:
             masks.append(KeepOutsideMask(latents, noise, _kept(batch, latent_hw, device)))
     predict = (settings.predict_for(request) if settings.predict_for else None) or family.predict
-    conditioning, sizes = _guidance_rows(family, batch, spec, settings.style, device)
+    conditioning, sizes = _guidance_rows(family, batch, spec, settings, device)
     drawing = Drawing(
         family, batch, sampler, conditioning, sizes, predict, [noise.of_sampler for noise in noises], dtype
     )
@@ -219,17 +222,14 @@ def _kept(batch: list[ImageRequest], latent_hw: tuple[int, int], device: torch.d
 
 
 def _guidance_rows(
-    family: ModelFamily, batch: list[ImageRequest], spec: SamplingSpec, style: PromptStyle | None, device: torch.device
+    family: ModelFamily, batch: list[ImageRequest], spec: SamplingSpec, settings: DrawSettings, device: torch.device
 ) -> tuple[Conditioning, SizeConditioning]:
     """Conditioning and sizes of all rows of a batch, in the order that `guidance.combine` expects."""
-    request = batch[0]
-    prompts = [r.prompt for r in batch]
-    negatives = [r.negative_prompt if r.uses_guidance else "" for r in batch]
-    needs_empty = request.uses_guidance and request.negative_scale is not None
-    if needs_empty:  # encoded together, so that all parts have one length
-        prompts, negatives = prompts * 2, negatives + [""] * len(batch)
+    request, encode = batch[0], settings.encode_prompts or family.encode_prompts
+    prompts, negatives = prompts_of(batch)
+    needs_empty = len(prompts) > len(batch)
     with on_device(family.text_encoders, device):
-        positive, negative = family.encode_prompts(prompts, negatives, clip_skip=request.clip_skip, style=style)
+        positive, negative = encode(prompts, negatives, clip_skip=request.clip_skip, style=settings.style)
     here = slice(0, len(batch))
     parts, size_parts = [_rows(positive, here)], [_sizes(batch, device, is_negative=False)]
     if request.uses_guidance:
@@ -248,6 +248,18 @@ def _guidance_rows(
         torch.cat([part.target_hw for part in size_parts]),
     )
     return Conditioning(tensors).to(device), sizes
+
+
+def prompts_of(batch: list[ImageRequest]) -> tuple[list[str], list[str]]:
+    """(prompts, negative prompts) that are encoded together for a batch, so that all its parts have one length.
+
+    With a weight for the negative prompt of its own, the lists are twice as long: the second half is for empty ones.
+    """
+    prompts = [r.prompt for r in batch]
+    negatives = [r.negative_prompt if r.uses_guidance else "" for r in batch]
+    if batch[0].uses_guidance and batch[0].negative_scale is not None:
+        return prompts * 2, negatives + [""] * len(batch)
+    return prompts, negatives
 
 
 def _rows(conditioning: Conditioning, rows: slice) -> Conditioning:

@@ -335,7 +335,7 @@ def line_request(line: PromptLine, template: ImageRequest) -> ImageRequest:
     if "filename" in values:
         fields["output_name"] = values["filename"]
     request = replace(template, prompt=line.prompt, **fields)
-    return replace(request, **_size_conditioning(values, request))
+    return replace(request, **size_conditioning(values, request))
 
 
 def option_name(key: str) -> str:
@@ -352,8 +352,8 @@ def _check_limits(key: str, value: Any) -> None:
         raise PromptSyntaxError(f"'--{_NAMES[key]}' {value}: the multipliers must be finite numbers")
 
 
-def _size_conditioning(values: Mapping[str, Any], request: ImageRequest) -> dict[str, Any]:
-    """The fields of size conditioning that `values` changes."""
+def size_conditioning(values: Mapping[str, Any], request: ImageRequest) -> dict[str, Any]:
+    """The fields of a request that `values` (keys of `SIZE_CONDITIONING`) change; halves are completed from it."""
     fields: dict[str, tuple[int, int]] = {}
     own = request.original_size_hw or (request.height, request.width)
     for field_name, height, width, default in (

@@ -17,10 +17,11 @@ from library.families.base import ModelFamily
 from library.generation.attached_networks import AttachedNetworks, attach_networks, network_files
 from library.generation.engine import DrawSettings, draw
 from library.generation.interactive import Preview, draw_interactively
+from library.generation.new_words import NewWords
 from library.generation.pictures import find_pictures, prompt_of, reduced_size
 from library.generation.plan import GenerationDefaults, InitImage, SeedSource, line_problems, plan, read_prompt_lines
 from library.generation.prompter import load_get_prompter, prompter_requests
-from library.generation.request import SIZE_CONDITIONING, ImageRequest, batches
+from library.generation.request import SIZE_CONDITIONING, ImageRequest, batches, size_conditioning
 from library.generation.samplers import Start, make_sampler
 from library.generation.writer import Writer, texts_of
 from library.options.errors import UserError
@@ -45,8 +46,9 @@ def generate(options: GenerationOptions, make_family: Callable[[GenerationOption
     lines = _lines(options, pictures)
     defaults = _defaults(options, family, pictures)
     _check_lines(lines, defaults)
+    words = NewWords.read(options.textual_inversion, family)
 
-    drawer = _load(options, family)
+    drawer = _load(options, family, words)
     template = replace(defaults.template, network_multipliers=drawer.networks.default_multipliers)
     defaults = replace(defaults, template=template)
     seeds = SeedSource(options.prompts.seed)
@@ -155,11 +157,15 @@ def _defaults(options: GenerationOptions, family: ModelFamily, pictures: Picture
         scale=image.scale, negative_scale=image.negative_scale, sampler=image.sampler, clip_skip=image.clip_skip,
         strength=options.init_image.strength, network_multipliers=_hooked_multipliers(options),
     )  # fmt: skip
+    sizes = {name: getattr(image, name) for name in SIZE_CONDITIONING if getattr(image, name) is not None}
+    if sizes and not spec.uses_sizes:
+        logger.warning("this model takes no sizes, these have no effect: %s", ", ".join(f"--{name}" for name in sizes))
+    template = replace(template, **size_conditioning(sizes, template))
     return GenerationDefaults(
         template, images_per_prompt=prompts.images_per_prompt, n_iter=prompts.n_iter,
         shuffle_prompts=prompts.shuffle_prompts, iter_same_seed=prompts.iter_same_seed,
         init_images=pictures.init_images, mask_images=pictures.masks, outdir=Path(options.output.outdir),
-        size_multiple=family.latent.downsample,
+        size_multiple=family.latent.pixel_unit,
         without_effect=frozenset() if spec.uses_sizes else frozenset(SIZE_CONDITIONING),
     )  # fmt: skip
 
@@ -179,6 +185,7 @@ class Drawer:
 
     family: ModelFamily
     networks: AttachedNetworks
+    words: NewWords
     settings: DrawSettings
     writer: Writer
     device: str
@@ -194,7 +201,8 @@ class Drawer:
             multipliers = batch[0].network_multipliers
             self.networks.set_multipliers(multipliers)
             images = draw(
-                self.family, batch, device=self.device, dtype=self.dtype, batch_size=len(batch), settings=self.settings
+                self.family, [self.words.written_out(request) for request in batch], device=self.device,
+                dtype=self.dtype, batch_size=len(batch), settings=self.settings,
             )
             networks = self.networks.described(multipliers)
             for index, (image, request) in enumerate(zip(images, batch, strict=True)):
@@ -206,8 +214,8 @@ class Drawer:
                     self.preview.show(image, request.prompt)
 
 
-def _load(options: GenerationOptions, family: ModelFamily) -> Drawer:
-    """Load the model and its networks."""
+def _load(options: GenerationOptions, family: ModelFamily, words: NewWords) -> Drawer:
+    """Load the model, its new words and its networks."""
     precision, model, image, output = options.precision, options.model, options.image, options.output
     device = preferred_device()
     dtype = torch.float16 if precision.fp16 else torch.bfloat16 if precision.bf16 else torch.float32
@@ -217,6 +225,7 @@ def _load(options: GenerationOptions, family: ModelFamily) -> Drawer:
         vae: Any = family.vae
         vae.enable_slicing()
         vae.enable_tiling()
+    words.add_to(family)
     networks = attach_networks(options.networks, family, device=device, dtype=dtype)
     if precision.opt_channels_last:
         modules: list[Any] = [family.denoiser, family.vae, *family.text_encoders, *networks.networks]
@@ -227,13 +236,14 @@ def _load(options: GenerationOptions, family: ModelFamily) -> Drawer:
     style = PromptStyle(image.max_embeddings_multiples or 1, emphasis, with_breaks=True)
     interactive = _source(options) == "interactive"
     return Drawer(
-        family, networks,
+        family, networks, words,
         DrawSettings(
-            style=style, vae_batch_size=_vae_batch_size(model.vae_batch_size, output.batch_size),
+            predict_for=words.predict_for(family, style), style=style,
+            vae_batch_size=_vae_batch_size(model.vae_batch_size, output.batch_size),
             zero_steps_offset=image.force_scheduler_zero_steps_offset, show_progress=True,
         ),
         Writer(Path(output.outdir), output.sequential_file_name, output.use_original_file_name),
-        device, dtype, output.batch_size, Path(str(model.ckpt)).name,
+        device, dtype, words.batch_size(output.batch_size), Path(str(model.ckpt)).name,
         preview=Preview() if interactive and not options.prompts.no_preview else None,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from library.families.base import ModelFamily
-from library.generation.engine import DrawSettings, Predict, draw
+from library.generation.engine import DrawSettings, Predict, draw, prompts_of
+from library.generation.kept_prompts import KeptPrompts
 from library.generation.prompt_file import PromptEntry, check_prompt_file, read_prompt_file
 from library.generation.request import ImageRequest
 from library.generation.samplers import check_sampler
@@ -66,12 +67,14 @@ class TrainingSampler:
 
     The prompt file is read anew each time. Process p of P draws prompts p, p + P, ... A prompt that cannot be drawn
     is skipped with a warning. `predict_for` replaces the family's own forward pass (ControlNet); a ValueError from
-    it skips the prompt too. Raises ValueError for the problems that `sampling_problems` lists.
+    it skips the prompt too. `prompt_text` gives the text that stands for a prompt (new words of several vectors).
+    Raises ValueError for the problems that `sampling_problems` lists.
     """
 
     def __init__(
         self, options: Options, *, accelerator: Accelerator,
         predict_for: Callable[[ImageRequest], Predict | None] | None = None,
+        prompt_text: Callable[[str], str] = str,
     ) -> None:
         problems = sampling_problems(options)
         if problems:
@@ -79,7 +82,22 @@ class TrainingSampler:
         self._options = options
         self._accelerator = accelerator
         self._settings = DrawSettings(predict_for=predict_for)
+        self._prompt_text = prompt_text
         self._warned: set[str] = set()
+
+    def prepare(self, family: ModelFamily, released: Sequence[bool]) -> None:
+        """Encode all prompts now, as long as the text encoders that will be `released` are there.
+
+        From then on only these prompts can be drawn; what else stands in the file may still change. Call with every
+        text encoder on its device in eval mode, under autocast.
+        """
+        if not any(released) or not wants_samples(self._options):
+            return
+        kept = KeptPrompts(family, keeps_encoders=not all(released))
+        for entry in read_prompt_file(Path(self._options.sampling.sample_prompts or "")):
+            request, _ = self._request(family, entry)
+            kept.keep(*prompts_of([request]), clip_skip=request.clip_skip)
+        self._settings = replace(self._settings, encode_prompts=kept)
 
     def draw(self, family: ModelFamily, *, epoch: int | None, step: int) -> list[Path]:
         """Draw this process's share; returns the files written.
@@ -106,9 +124,8 @@ class TrainingSampler:
     def _draw_entry(self, family: ModelFamily, entry: PromptEntry, *, epoch: int | None, step: int) -> Path | None:
         options = self._options
         try:
-            request, warnings = entry.request(family.sampling_spec().defaults, options.sampling.sample_sampler)
+            request, warnings = self._request(family, entry)
             self._warn_once(warnings)
-            request = replace(request, clip_skip=options.model.clip_skip)
             [image] = draw(
                 family, request, device=self._accelerator.device,
                 dtype=_DTYPES[options.device.mixed_precision or "no"], settings=self._settings,
@@ -121,6 +138,16 @@ class TrainingSampler:
             logger.warning("Sample image skipped: %s: %s", entry.source, error, exc_info=not _is_plain(error))
             return None
         return path
+
+    def _request(self, family: ModelFamily, entry: PromptEntry) -> tuple[ImageRequest, tuple[str, ...]]:
+        """The image an entry asks for in this run, and warnings about what was ignored."""
+        options = self._options
+        request, warnings = entry.request(family.sampling_spec().defaults, options.sampling.sample_sampler)
+        request = replace(
+            request, prompt=self._prompt_text(request.prompt),
+            negative_prompt=self._prompt_text(request.negative_prompt), clip_skip=options.model.clip_skip,
+        )
+        return request, warnings
 
     def _warn_once(self, warnings: tuple[str, ...]) -> None:
         for warning in warnings:
