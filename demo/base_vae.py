@@ -41,6 +41,15 @@ def build_vae(channels: tuple[int, ...] = (64, 64, 64, 64), layers: int = 1) -> 
     )
 
 
+def build_wide_vae() -> AutoencoderKL:
+    """A VAE as SD3 and FLUX.1 have it (16 latent channels, no quant convolutions) with 0.6 M parameters."""
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(32, 32, 64, 32), layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=32,
+        sample_size=shapes.SIZE, use_quant_conv=False, use_post_quant_conv=False,
+    )
+
+
 def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
     """uint8 [H, W, 3] pictures to a float tensor [B, 3, H, W] in -1..1, channels last."""
     batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
