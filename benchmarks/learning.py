@@ -25,9 +25,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
 #: name -> "module:function" in this folder
 CASES = {
+    "colour": "learning_colour:colour",
     "control_net": "learning_hints:control_net",
+    "dreambooth": "learning_star:dreambooth",
+    "full_flux": "learning_star:full_flux",
+    "full_sd3": "learning_star:full_sd3",
+    "full_sdxl": "learning_star:full_sdxl",
     "lllite": "learning_hints:lllite",
+    "lora": "learning_star:lora",
+    "lora_flux": "learning_star:lora_flux",
+    "lora_sd3": "learning_star:lora_sd3",
+    "lora_sdxl": "learning_star:lora_sdxl",
     "ti": "learning_words:ti",
+    "ti_sdxl": "learning_words:ti_sdxl",
     "xti": "learning_words:xti",
 }
 RESULTS = ROOT / "benchmarks" / "learning.json"

@@ -12,11 +12,21 @@ from shapes import BACKGROUNDS, COLOURS, SIZE, combinations, known_picture
 
 WORD, SHAPE = "shape1", "circle"
 TRAINING_PICTURES = 72
+MODEL = ROOT / "demo" / "model"
 
 
 def ti(folder: Path, words: Sequence[str]) -> list[Measure]:
     """Textual Inversion on the demo's Stable Diffusion."""
     return find_word("train_textual_inversion", folder, ["--learning_rate", "2e-2", "--max_train_steps", "300", *words])
+
+
+def ti_sdxl(folder: Path, words: Sequence[str]) -> list[Measure]:
+    """Textual Inversion on the demo's SDXL: embeddings for both text encoders."""
+    return find_word(
+        "sdxl_train_textual_inversion", folder,
+        ["--pretrained_model_name_or_path", MODEL / "shapes_sdxl.safetensors", "--tokenizer_cache_dir",
+         MODEL / "tokenizers", "--learning_rate", "2e-2", "--max_train_steps", "300", *words],
+    )  # fmt: skip
 
 
 def xti(folder: Path, words: Sequence[str]) -> list[Measure]:
@@ -26,16 +36,17 @@ def xti(folder: Path, words: Sequence[str]) -> list[Measure]:
     )
 
 
-def find_word(script: str, folder: Path, words: Sequence[str]) -> list[Measure]:
+def find_word(script: str, folder: Path, words: Sequence[str | Path]) -> list[Measure]:
     """Find embeddings of a word that no picture of the model's own training had; shares of pictures judged right.
 
     The word starts with random embeddings, so the pictures before the first step show what such a word draws.
     """
     write_pictures(folder / "pictures")
     write_prompts(folder)
+    words = [str(word) for word in words]
     steps = words[len(words) - 1 - words[::-1].index("--max_train_steps") + 1]
     run_script(
-        script, "--pretrained_model_name_or_path", ROOT / "demo" / "model" / "shapes_sd15.safetensors",
+        script, "--pretrained_model_name_or_path", MODEL / "shapes_sd15.safetensors",
         "--dataset_config", folder / "dataset.toml", "--token_string", WORD, "--cache_latents",
         "--max_data_loader_n_workers", "0", "--seed", "1", "--lr_scheduler", "cosine", "--debiased_estimation_loss",
         "--save_model_as", "safetensors", "--sample_prompts", folder / "prompts.txt", "--sample_sampler", "ddim",

@@ -5,12 +5,7 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
-from torch import Tensor, nn
-
-from networks.transformer_network import T5_PREFIX, TransformerNetwork
+from networks.transformer_network import T5_PREFIX, TransformerNetwork, entry_points
 
 __all__ = ["LoRANetwork", "create_network", "create_network_from_weights"]
 
@@ -27,39 +22,4 @@ class LoRANetwork(TransformerNetwork):
     )  # fmt: skip
 
 
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: nn.Module | None,
-    text_encoder: Any,
-    unet: nn.Module,
-    neuron_dropout: float | None = None,
-    **kwargs: Any,
-) -> LoRANetwork:
-    """A fresh network: rank `network_dim` (None: 4), alpha `network_alpha` (None: 1); `kwargs` are `--network_args`.
-
-    `text_encoder` is [CLIP-L, CLIP-G, T5]; any may be None. Raises ValueError for arguments that cannot be used.
-    """
-    return LoRANetwork.for_training(
-        multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs
-    )
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | os.PathLike[str] | None,
-    vae: nn.Module | None,
-    text_encoder: Any,
-    unet: nn.Module,
-    weights_sd: dict[str, Tensor] | None = None,
-    for_inference: bool = False,
-    **kwargs: Any,
-) -> tuple[LoRANetwork, dict[str, Tensor]]:
-    """(network with exactly the modules, ranks and alphas of a file, the file's tensors); nothing is loaded into it.
-
-    `weights_sd` replaces the file. `kwargs` are `--network_args`; those that choose ranks have no effect here.
-    """
-    return LoRANetwork.from_file(
-        multiplier, file, text_encoder, unet, weights_sd, kwargs, for_inference=for_inference
-    )
+create_network, create_network_from_weights = entry_points(LoRANetwork)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -170,3 +170,37 @@ class TransformerNetwork(AdapterNetwork):
             for_inference=for_inference,
         )
         return network, weights
+
+
+def entry_points(
+    network_class: type[TransformerNetwork],
+) -> tuple[Callable[..., TransformerNetwork], Callable[..., tuple[TransformerNetwork, dict[str, Tensor]]]]:
+    """The two functions that trainers and generators look for in a network module, for networks of this class."""
+
+    def create_network(
+        multiplier: float, network_dim: int | None, network_alpha: float | None, vae: nn.Module | None,
+        text_encoder: Any, unet: nn.Module, neuron_dropout: float | None = None, **kwargs: Any,
+    ) -> TransformerNetwork:
+        """A fresh network: rank `network_dim` (None: 4), alpha `network_alpha` (None: 1); `kwargs` are
+        `--network_args`.
+
+        `text_encoder` is the list of all encoders; any may be None. Raises ValueError for arguments that cannot be
+        used.
+        """
+        return network_class.for_training(
+            multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs
+        )
+
+    def create_network_from_weights(
+        multiplier: float, file: str | os.PathLike[str] | None, vae: nn.Module | None, text_encoder: Any,
+        unet: nn.Module, weights_sd: dict[str, Tensor] | None = None, for_inference: bool = False, **kwargs: Any,
+    ) -> tuple[TransformerNetwork, dict[str, Tensor]]:
+        """(network with exactly the modules, ranks and alphas of a file, the file's tensors); nothing is loaded.
+
+        `weights_sd` replaces the file. `kwargs` are `--network_args`; those that choose ranks have no effect here.
+        """
+        return network_class.from_file(
+            multiplier, file, text_encoder, unet, weights_sd, kwargs, for_inference=for_inference
+        )
+
+    return create_network, create_network_from_weights
