@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +25,8 @@ LEVEL_NAMES: dict[Level, str] = {
     "dataset": "[[datasets]]",
     "subset": "[[datasets.subsets]]",
 }
+LONGEST_SIDE = 65536  # pixels; the largest that image files can have
+MOST = 1_000_000  # of anything that is counted, so that a slip of the finger does not fill the memory
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
 
@@ -123,6 +128,23 @@ class DataConfig:
 
 Check = Callable[[Any], tuple[Any, str]]
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """A value of the file for a message, in one short line."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:
+        return "a number with too many digits"
+
+
+def shown_key(name: str) -> str:
+    """A key of the file for a message."""
+    return name if re.fullmatch(r"[\w-]{1,60}", name) else shown(name)
+
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -142,26 +164,32 @@ def _boolean(value: Any) -> tuple[Any, str]:
 
 
 def _text(value: Any) -> tuple[Any, str]:
-    return (value, "") if isinstance(value, str) else (None, expected("str"))
+    if not isinstance(value, str):
+        return None, expected("str")
+    return (None, "the text holds half of a surrogate pair") if _HALF_PAIR.search(value) else (value, "")
 
 
 def _filled_text(value: Any) -> tuple[Any, str]:
-    if isinstance(value, str) and not value:
-        return None, "the value must not be empty"
-    return _text(value)
+    return (None, "the value must not be empty") if value == "" else _text(value)
+
+
+def _path(value: Any) -> tuple[Any, str]:
+    if isinstance(value, str) and "\0" in value:
+        return None, "a path cannot hold a zero character"
+    return _filled_text(value)
 
 
 def _table(value: Any) -> tuple[Any, str]:
     return (dict(value), "") if isinstance(value, Mapping) else (None, expected("table"))
 
 
-def _integer(minimum: int | None = None) -> Check:
+def _integer(minimum: int | None = None, maximum: int = MOST) -> Check:
     def check(value: Any) -> tuple[Any, str]:
         if not _is_int(value):
             return None, expected("int")
         if minimum is not None and value < minimum:
             return None, f"the value must be at least {minimum}"
-        return value, ""
+        return (value, "") if value <= maximum else (None, f"the value must be at most {maximum}")
 
     return check
 
@@ -171,7 +199,7 @@ def _number(minimum: float | None = None, maximum: float | None = None, *, keep_
         if not _is_number(value):
             return None, expected("int or float" if keep_int else "float")
         low, high = -math.inf if minimum is None else minimum, math.inf if maximum is None else maximum
-        if not math.isfinite(value) or not low <= value <= high:
+        if not low <= value <= high or not -sys.float_info.max <= value <= sys.float_info.max:
             if maximum is not None:
                 return None, f"the value must be between {minimum:g} and {maximum:g}"
             return None, "the value must be a finite number" + ("" if minimum is None else f", at least {minimum:g}")
@@ -186,13 +214,15 @@ def _resolution(value: Any) -> tuple[Any, str]:
         return None, expected("int or [int, int] (width, height)")
     if min(pair) < 1:
         return None, "both sides must be at least 1"
+    if max(pair) > LONGEST_SIDE:
+        return None, f"both sides must be at most {LONGEST_SIDE}"
     return (pair[0], pair[1]), ""
 
 
 def _face_crop_range(value: Any) -> tuple[Any, str]:
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_number(n) for n in value):
         return None, expected("[float, float]")
-    if not 0 < value[0] <= value[1] < math.inf:
+    if not 0 < value[0] <= value[1] <= sys.float_info.max:
         return None, "both numbers must be greater than 0, and the first must not exceed the second"
     return (float(value[0]), float(value[1])), ""
 
@@ -233,20 +263,20 @@ DATASET_KEYS: dict[str, Key] = {
     "resolution": Key(_resolution, _DATASET, option="resolution"),
     "batch_size": Key(_integer(1), _DATASET, option="train_batch_size"),
     "enable_bucket": Key(_boolean, _DATASET, option="enable_bucket"),
-    "min_bucket_reso": Key(_integer(1), _DATASET, option="min_bucket_reso"),
-    "max_bucket_reso": Key(_integer(1), _DATASET, option="max_bucket_reso"),
-    "bucket_reso_steps": Key(_integer(1), _DATASET, option="bucket_reso_steps"),
+    "min_bucket_reso": Key(_integer(1, LONGEST_SIDE), _DATASET, option="min_bucket_reso"),
+    "max_bucket_reso": Key(_integer(1, LONGEST_SIDE), _DATASET, option="max_bucket_reso"),
+    "bucket_reso_steps": Key(_integer(1, LONGEST_SIDE), _DATASET, option="bucket_reso_steps"),
     "bucket_no_upscale": Key(_boolean, _DATASET, option="bucket_no_upscale"),
     "network_multiplier": Key(_number(), _DATASET),
     "validation_split": Key(_number(0, 1), option="validation_split"),
-    "validation_seed": Key(_integer(), option="validation_seed"),
+    "validation_seed": Key(_integer(maximum=2**63), option="validation_seed"),
     "resize_interpolation": Key(_interpolation, option="resize_interpolation"),
 }
 
 SUBSET_KEYS: dict[str, Key] = {
-    "image_dir": Key(_filled_text, _SUBSET, required_for=("dreambooth", "controlnet")),
-    "metadata_file": Key(_filled_text, _SUBSET, ("fine_tuning",), required_for=("fine_tuning",)),
-    "conditioning_data_dir": Key(_filled_text, _SUBSET, ("controlnet",), required_for=("controlnet",)),
+    "image_dir": Key(_path, _SUBSET, required_for=("dreambooth", "controlnet")),
+    "metadata_file": Key(_path, _SUBSET, ("fine_tuning",), required_for=("fine_tuning",)),
+    "conditioning_data_dir": Key(_path, _SUBSET, ("controlnet",), required_for=("controlnet",)),
     "num_repeats": Key(_integer(0), option="dataset_repeats"),
     "is_reg": Key(_boolean, _SUBSET, ("dreambooth",)),
     "class_tokens": Key(_text, kinds=("dreambooth",)),

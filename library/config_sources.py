@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from library.config_schema import ConfigError, SupportedKinds
+from library.config_schema import ConfigError, SupportedKinds, shown_key
 
 logger = logging.getLogger(__name__)
 
@@ -27,24 +28,43 @@ def read_dataset_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     suffix = file.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise ConfigError([f"--dataset_config {path}: the file name must end in .toml or .json"])
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: the file is not UTF-8 text ({error}); save it as UTF-8"]) from error
+    text = _read_text(file)
     try:
         content = tomllib.loads(text) if suffix == ".toml" else json.loads(text, object_pairs_hook=_unique_keys)
     except ValueError as error:
-        raise ConfigError([f"{path}: the file is not valid {suffix[1:].upper()}: {error}"]) from error
+        raise ConfigError([f"{path}: the file is not valid {suffix[1:].upper()}: {_reason(error, text)}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{path}: lists and tables are nested too deeply to be `general` or `datasets`"]) from error
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: the file must hold a table with the keys `general` and `datasets`"])
     return content
+
+
+def _read_text(file: Path) -> str:
+    try:
+        content = file.read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError([f"--dataset_config {file}: the file cannot be read ({error.strerror})"]) from error
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        problem = f"{file}: line {line}: the file is not UTF-8 text ({error.reason}); save it as UTF-8"
+        raise ConfigError([problem]) from error
+
+
+def _reason(error: ValueError, text: str) -> str:
+    """A parser's message with the line that it may lack."""
+    too_long = re.search(r"\d[\d_]{4000,}", text) if "digits" in str(error) else None
+    if too_long:
+        return f"a number with too many digits (line {text.count(chr(10), 0, too_long.start()) + 1})"
+    return str(error).replace("at end of document", f"at the end, line {text.count(chr(10)) + 1}")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"repeated key: {', '.join(repeated)}")
+        raise ValueError(f"repeated key: {', '.join(map(shown_key, repeated))}")
     return dict(pairs)
 
 

@@ -20,6 +20,7 @@ from library.config_schema import (
     Kind,
     SubsetConfig,
     SupportedKinds,
+    shown,
 )
 from library.config_sources import (
     folder_configuration,
@@ -43,6 +44,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_FOLDER_OPTIONS = {
+    "image_dir": "--train_data_dir", "metadata_file": "--in_json", "conditioning_data_dir": "--conditioning_data_dir"
+}  # fmt: skip
 _SIZE_KEYS = {
     "resolution",
     "enable_bucket",
@@ -87,7 +91,7 @@ def load_data_config(
     for dataset in datasets:
         if not validator.invalid & _SIZE_KEYS:
             validator.problems += _size_problems(dataset, bucket_step, resolution_step)
-        validator.problems += _subset_problems(dataset)
+        validator.problems += _subset_problems(dataset, from_file=bool(path))
     if validator.problems:
         raise ConfigError(validator.problems)
     for dataset in datasets:
@@ -171,11 +175,11 @@ def _first(keys: Mapping[str, Key], kind: Kind, layers: list[Values]) -> Values:
 # --- checks of the whole --------------------------------------------------------------------------------------
 
 
-def _subset_problems(dataset: DatasetConfig) -> list[str]:
+def _subset_problems(dataset: DatasetConfig, *, from_file: bool) -> list[str]:
     problems: list[str] = []
     for subset in dataset.subsets:
         if subset.num_repeats > 0:
-            problems += _missing_places(subset)
+            problems += _missing_places(subset, from_file=from_file)
         if subset.kind == "controlnet" and subset.random_crop:
             problems.append(f"{subset.location}: random_crop cannot be used with conditioning_data_dir")
         if subset.face_crop_aug_range and dataset.enable_bucket:
@@ -219,20 +223,23 @@ def _align_bucket_range(dataset: DatasetConfig) -> DatasetConfig:
     return replace(dataset, min_bucket_reso=low, max_bucket_reso=high)
 
 
-def _missing_places(subset: SubsetConfig) -> list[str]:
+def _missing_places(subset: SubsetConfig, *, from_file: bool) -> list[str]:
+    def named(key: str) -> str:
+        return f"{subset.location}.{key}" if from_file else _FOLDER_OPTIONS[key]
+
     problems = []
     for name in ("image_dir", "conditioning_data_dir"):
         folder = getattr(subset, name)
         if folder is not None and not os.path.isdir(folder):
-            problems.append(f"{subset.location}.{name}: there is no such directory: {_shown(folder)}")
+            problems.append(f"{named(name)}: there is no such directory: {_shown(folder)}")
     if subset.metadata_file is not None and not os.path.isfile(subset.metadata_file):
-        file = _shown(subset.metadata_file)
-        problems.append(f"{subset.location}.metadata_file: there is no such file: {file}")
+        problems.append(f"{named('metadata_file')}: there is no such file: {_shown(subset.metadata_file)}")
     return problems
 
 
 def _shown(path: str) -> str:
-    return path if os.path.isabs(path) else f"{path} (relative to the working directory {os.getcwd()})"
+    name = path if path.isprintable() and len(path) <= 1000 else shown(path)
+    return name if os.path.isabs(path) else f"{name} (relative to the working directory {os.getcwd()})"
 
 
 def _repeated_directories(dataset: DatasetConfig) -> list[str]:
@@ -243,7 +250,8 @@ def _repeated_directories(dataset: DatasetConfig) -> list[str]:
             continue
         first = seen.setdefault(os.path.realpath(subset.image_dir), subset)
         if first is not subset:
-            problems.append(f"{subset.location}: duplicate image_dir {subset.image_dir}, already in {first.location}")
+            place = _shown(subset.image_dir)
+            problems.append(f"{subset.location}: duplicate image_dir {place}, already in {first.location}")
     return problems
 
 

@@ -18,6 +18,8 @@ from library.config_schema import (
     Level,
     SupportedKinds,
     expected,
+    shown,
+    shown_key,
 )
 
 NOT_ALLOWED = "extra keys not allowed"
@@ -51,7 +53,7 @@ class Validator:
         """The checked values of `[general]`, and the datasets."""
         for name in raw:
             if name not in ("general", "datasets"):
-                self.report(name, f"{NOT_ALLOWED}{self._explain(name, None, None)}")
+                self.report(shown_key(name), f"{NOT_ALLOWED}{self._explain(name, None, None)}")
         general: Values = {}
         if raw.get("general") is not None and self._is_table(raw["general"], "general"):
             general = self._read_level(raw["general"], "general", "general", None)
@@ -69,7 +71,7 @@ class Validator:
                 continue
             checked[name], problem = key.check(value)
             if problem:
-                self.problems.append(f"--{key.option}: {problem}, got {value!r}")
+                self.problems.append(f"--{key.option}: {problem}, got {shown(value)}")
                 self.invalid.add(name)
         return checked
 
@@ -113,11 +115,11 @@ class Validator:
         values: Values = {}
         for name, value in raw.items():
             if not self._is_allowed(name, level, kind):
-                self.report(f"{path}.{name}", f"{NOT_ALLOWED}{self._explain(name, level, kind)}")
+                self.report(f"{path}.{shown_key(name)}", f"{NOT_ALLOWED}{self._explain(name, level, kind)}")
             elif value is not None:
                 checked, problem = KEYS[name].check(value)
                 if problem:
-                    self.report(f"{path}.{name}", f"{problem}, got {value!r}")
+                    self.report(f"{path}.{name}", f"{problem}, got {shown(value)}")
                     self.invalid.add(name)
                 else:
                     values[name] = checked
@@ -140,8 +142,13 @@ class Validator:
         key = KEYS.get(name)
         if key is None:
             known = ["general", "datasets"] if level is None else [*KEYS, "subsets"]
-            near = get_close_matches(name, known, n=1)
-            return f"; did you mean {_with_levels(near[0])}?" if near else ""
+            near = get_close_matches(name[:60].lower().replace("-", "_"), known, n=1)
+            if near:
+                return f"; did you mean {_with_levels(near[0])}?"
+            if level is None:
+                return "; a dataset file has only [general] and [[datasets]]"
+            allowed = [key for key in KEYS if self._is_allowed(key, level, kind)]
+            return f"; allowed in {LEVEL_NAMES[level]}: {', '.join(allowed)}"
         if key.is_caption_dropout and not self.supported.caption_dropout:
             return "; this script has no caption dropout"
         if not any(supported in key.kinds for supported in self.supported.kinds()):
@@ -155,7 +162,7 @@ class Validator:
     def _is_table(self, value: Any, path: str) -> bool:
         if isinstance(value, Mapping):
             return True
-        self.report(path, f"{expected('table')}, got {value!r}")
+        self.report(path, f"{expected('table')}, got {shown(value)}")
         return False
 
     def _list_of_tables(self, value: Any, path: str) -> list[tuple[int, Mapping[str, Any]]]:

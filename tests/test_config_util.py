@@ -483,3 +483,89 @@ def test_importing_is_free_of_heavy_packages() -> None:
     code = "import sys, library.config_util; print([m for m in ('torch', 'numpy', 'PIL', 'cv2') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("supported", "values", "expected"),
+    [
+        (SupportedKinds(), {"in_json": "gone.json"}, "--in_json: there is no such file: gone.json"),
+        (SupportedKinds(), {"in_json": "meta.json", "train_data_dir": "x"}, "--train_data_dir: there is no such dir"),
+        (
+            SupportedKinds(dreambooth=False, fine_tuning=False, controlnet=True),
+            {"train_data_dir": "a", "conditioning_data_dir": "x"},
+            "--conditioning_data_dir: there is no such directory: x",
+        ),
+    ],
+)
+def test_missing_places_of_the_command_line_name_the_option(
+    folder: Path, supported: SupportedKinds, values: dict[str, Any], expected: str
+) -> None:
+    [problem] = problems(None, supported, resolution="512", **values)
+    assert problem.startswith(expected)
+
+
+# --- what a message says --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("Flip-Aug", "did you mean flip_aug (valid in [general], [[datasets]] and [[datasets.subsets]])?"),
+        ("KEEP_TOKEN", "did you mean keep_tokens"),
+        ("learning_rate", "allowed in [[datasets.subsets]]: image_dir, num_repeats, is_reg, class_tokens, "),
+        ("a\nb", "extra keys not allowed"),
+    ],
+)
+def test_unknown_keys_are_answered_with_known_ones(folder: Path, key: str, expected: str) -> None:
+    content = with_subset(**{key: 1})
+    for kind in ("resolution", "metadata_file", "conditioning_data_dir"):
+        assert kind not in content["datasets"][0]["subsets"][0]
+    [problem] = problems(content, SupportedKinds())
+    assert expected in problem.replace("validation_split, validation_seed, resize_interpolation, ", "")
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("num_repeats", 10**400, "the value must be at most 1000000"),
+        ("num_repeats", 1 << 20000, "got a number with too many digits"),
+        ("network_multiplier", 10**400, "the value must be a finite number"),
+        ("token_warmup_step", float("nan"), "the value must be a finite number"),
+        ("resolution", 10**9, "both sides must be at most 65536"),
+        ("image_dir", "a\0b", "a path cannot hold a zero character"),
+        ("caption_prefix", "\ud800", "half of a surrogate pair"),
+        ("class_tokens", ["x" * 5000], "got ['xxx"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)
+def test_odd_values_get_short_answers(
+    folder: Path, key: str, value: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("library.config_util.read_dataset_file", lambda path: content)
+    content = with_subset()
+    dataset = content["datasets"][0]
+    (dataset["subsets"][0] if "subset" in (SUBSET_KEYS | DATASET_KEYS)[key].levels else dataset)[key] = value
+    with pytest.raises(ConfigError) as caught:
+        load_data_config(make_options(dataset_config="data.json").dataset, ALL, bucket_step=64)
+    assert any(expected in problem and key in problem for problem in caught.value.problems)
+    assert max(map(len, caught.value.problems)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("deep.json", b"[" * 100000, "nested too deeply"),
+        ("deep.toml", b"a = " + b"[" * 100000, "nested too deeply"),
+        ("digits.json", b'{"general":\n{"keep_tokens": ' + b"9" * 5000 + b"}}", "too many digits (line 2)"),
+        ("end.toml", b'[general]\ncaption_prefix = """x', "line 2"),
+        ("bytes.toml", b"[general]\n\ncaption_prefix = '\xff'", "line 3: the file is not UTF-8"),
+    ],
+)
+def test_unreadable_text_is_answered_with_its_line(folder: Path, name: str, content: bytes, expected: str) -> None:
+    Path(name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_data_config(make_options(dataset_config=name).dataset, ALL, bucket_step=64)
+    [problem] = caught.value.problems
+    assert problem.startswith(name)
+    assert expected in problem

@@ -22,9 +22,10 @@ from library.data.discovery import (
 )
 from library.data.image_files import BadImagesError
 from library.data.metadata_file import MetadataEntry, read_metadata_file
-from library.data.records import ImageRecord
+from library.data.records import ImageRecord, LatentSpec
 from library.options.errors import UserError
 
+SPEC = LatentSpec(channels=4, downsample=8, bucket_step=64, scale=1.0, shift=0.0, cache_suffix="_sd.npz")
 BUCKETS = json.loads((Path(__file__).parent / "data" / "buckets.json").read_text(encoding="utf-8"))
 
 
@@ -353,12 +354,12 @@ def test_latents_cache_replaces_a_missing_image_only_by_its_exact_stem(tmp_path:
     for name in ("0_a_0100x0200_sd.npz", "ab_0100x0200_sd.npz", "a_0030x0040_sd.npz", "a_0030x0040_flux.npz"):
         (tmp_path / name).touch()
     file = metadata(tmp_path / "meta.json", {"a.png": {}})
-    record = discover(dataset_of(tuned(tmp_path, file)), 0, Surroundings(latents_suffix="_sd.npz"))[0]
+    record = discover(dataset_of(tuned(tmp_path, file)), 0, Surroundings(SPEC))[0]
     assert record.path == tmp_path / "a.png"
     assert record.latents_path == tmp_path / "a_0030x0040_sd.npz"
     assert record.image_size == (30, 40)
     draw(tmp_path / "a.png", (30, 40))
-    record = discover(dataset_of(tuned(tmp_path, file)), 0, Surroundings(latents_suffix="_sd.npz"))[0]
+    record = discover(dataset_of(tuned(tmp_path, file)), 0, Surroundings(SPEC))[0]
     assert (record.path, record.latents_path) == (tmp_path / "a.png", None)
 
 

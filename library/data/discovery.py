@@ -14,7 +14,7 @@ from pathlib import Path
 from library.config_schema import DataConfig, DatasetConfig, SubsetConfig
 from library.data.caption_files import read_captions
 from library.data.conditioning_files import pair_conditioning_images
-from library.data.image_files import BadImagesError, list_images, read_image_sizes, undecodable
+from library.data.image_files import BadImagesError, decode_images, list_images, read_image_sizes
 from library.data.info_cache import FILE_NAME, read_info_cache, write_info_cache
 from library.data.metadata_file import (
     ImageLocator,
@@ -22,7 +22,8 @@ from library.data.metadata_file import (
     merge_caption,
     read_metadata_file,
 )
-from library.data.records import ImageRecord
+from library.data.prebucketed import prepared_records
+from library.data.records import ImageRecord, LatentSpec
 from library.options.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,11 @@ class DatasetRecords:
 class Surroundings:
     """What discovery needs beside the configuration.
 
-    `latents_suffix` (a family's, e.g. "_sd.npz") lets metadata entries without an image file use a latents cache;
-    only the main process writes `metadata_cache.json`.
+    `latent` (a family's) lets metadata entries without an image file use its latent caches; only the main process
+    writes `metadata_cache.json`.
     """
 
-    latents_suffix: str | None = None
+    latent: LatentSpec | None = None
     is_main_process: bool = True
 
 
@@ -87,7 +88,7 @@ def discover_all(config: DataConfig, surroundings: Surroundings | None = None) -
     if bad:  # the run ends here, so take the time to find files with a good header and a broken body too
         folders = {subset.image_dir for dataset in config.datasets for subset in dataset.subsets if subset.image_dir}
         listed = [path for directory in sorted(folders) for path in list_images(directory)]
-        raise BadImagesError(bad | undecodable([path for path in listed if path not in bad]))
+        raise BadImagesError(bad | decode_images([path for path in listed if path not in bad])[1])
     if not any(parts.training for parts in found):
         raise UserError(f"No data found: validation_split leaves no image of {config.source} for training")
     return found
@@ -97,10 +98,16 @@ def find_images(dataset: DatasetConfig, surroundings: Surroundings) -> list[Imag
     """Every image of every subset, in subset order, before splitting and balancing."""
     records: list[ImageRecord] = []
     bad: dict[str, str] = {}
-    for index, subset in _active_subsets(dataset):
+    active = list(_active_subsets(dataset))
+    entries = {index: _entries(subset) for index, subset in active if subset.kind == "fine_tuning"}
+    if entries and surroundings.latent is not None:
+        tables = [(index, subset, entries[index]) for index, subset in active]
+        prepared = prepared_records(dataset, tables, surroundings.latent)
+        if prepared is not None:
+            return _unique(prepared, dataset)
+    for index, subset in active:
         if subset.kind == "fine_tuning":
-            found, unusable = _metadata_records(subset, index, surroundings)
-            found = _unique_keys(found, records, subset)
+            found, unusable = _metadata_records(subset, index, entries[index], surroundings)
         else:
             found, unusable = _directory_records(subset, index, surroundings)
         if not found and not unusable:
@@ -113,7 +120,7 @@ def find_images(dataset: DatasetConfig, surroundings: Surroundings) -> list[Imag
         bad |= unusable
     if bad:
         raise BadImagesError(bad)
-    return pair_conditioning_images(dataset, records) if dataset.kind == "controlnet" else records
+    return pair_conditioning_images(dataset, records) if dataset.kind == "controlnet" else _unique(records, dataset)
 
 
 def _active_subsets(dataset: DatasetConfig) -> Iterable[tuple[int, SubsetConfig]]:
@@ -137,10 +144,11 @@ def _directory_records(
     subset: SubsetConfig, index: int, surroundings: Surroundings
 ) -> tuple[list[ImageRecord], dict[str, str]]:
     found, bad = _directory_images(subset, surroundings)
+    absolute = {path: os.path.abspath(path) for path in found}
     records = [
         ImageRecord(
-            key=os.path.abspath(path),
-            path=Path(os.path.abspath(path)),
+            key=absolute[path],
+            path=Path(absolute[path]),
             caption=caption,
             subset_index=index,
             num_repeats=subset.num_repeats,
@@ -194,13 +202,19 @@ def _report_mixed_case(subset: SubsetConfig, paths: Sequence[str]) -> None:
 # --- metadata files -------------------------------------------------------------------------------------------
 
 
-def _metadata_records(
-    subset: SubsetConfig, index: int, surroundings: Surroundings
-) -> tuple[list[ImageRecord], dict[str, str]]:
-    """Records in order of descending key length (stable)."""
+def _entries(subset: SubsetConfig) -> list[MetadataEntry]:
+    """In order of descending key length (stable)."""
     entries = sorted(read_metadata_file(subset.metadata_file or ""), key=lambda entry: -len(entry.key))
     _report_joined_tags(subset, entries)
-    locator = ImageLocator(subset, surroundings.latents_suffix)
+    return entries
+
+
+def _metadata_records(
+    subset: SubsetConfig, index: int, entries: Sequence[MetadataEntry], surroundings: Surroundings
+) -> tuple[list[ImageRecord], dict[str, str]]:
+    """Records in the order of the entries."""
+    latent = surroundings.latent
+    locator = ImageLocator(subset, None if latent is None else latent.cache_suffix)
     located, bad = {}, {}
     for entry in entries:
         try:
@@ -232,14 +246,14 @@ def _report_joined_tags(subset: SubsetConfig, entries: Sequence[MetadataEntry]) 
         logger.info("%s: tags are added to the first line of captions, which is the one used", subset.location)
 
 
-def _unique_keys(
-    found: Sequence[ImageRecord], earlier: Sequence[ImageRecord], subset: SubsetConfig
-) -> list[ImageRecord]:
-    """The records with keys that another metadata file also has prefixed by their own file."""
-    taken = {record.key for record in earlier}
+def _unique(records: Sequence[ImageRecord], dataset: DatasetConfig) -> list[ImageRecord]:
+    """The records; a key that an earlier metadata file has too is prefixed by its own file."""
+    owners: dict[str, int] = {}
     return [
-        replace(record, key=f"{subset.metadata_file}:{record.key}") if record.key in taken else record
-        for record in found
+        record
+        if owners.setdefault(record.key, record.subset_index) == record.subset_index
+        else replace(record, key=f"{dataset.subsets[record.subset_index].metadata_file}:{record.key}")
+        for record in records
     ]
 
 

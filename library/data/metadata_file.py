@@ -14,15 +14,18 @@ from library.config_schema import SubsetConfig
 from library.data.image_files import image_suffixes
 from library.options.errors import UserError
 
+_SIZES = ("image_size", "train_resolution")
+
 
 @dataclass(frozen=True)
 class MetadataEntry:
-    """One image of a metadata file; `image_size` is (width, height) as the file says."""
+    """One image of a metadata file; sizes are (width, height) as the file says."""
 
     key: str
     caption: str | None = None
     tags: str | None = None
     image_size: tuple[int, int] | None = None
+    train_resolution: tuple[int, int] | None = None  # the bucket that an older tool has put the image into
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,8 @@ def read_metadata_file(path: str) -> list[MetadataEntry]:
         if problem:
             problems.append(f"{path}: {key}: {problem}")
         else:
-            size = value.get("image_size")
-            entries.append(
-                MetadataEntry(key, value.get("caption"), value.get("tags"), tuple(size) if size is not None else None)
-            )
+            sizes = (tuple(size) if size else None for size in map(value.get, _SIZES))
+            entries.append(MetadataEntry(key, value.get("caption"), value.get("tags"), *sizes))
     if problems:
         raise UserError(problems)
     return entries
@@ -84,33 +85,38 @@ class ImageLocator:
 
         Raises ValueError that names the key and where it was looked for.
         """
+        path = self.place_of(key)
+        image = self.image_at(path)
+        located = LocatedImage(image) if image is not None else self._cached_latents(path)
+        if located is None:
+            raise ValueError(f"{path}: there is no image for the metadata key {key!r}")
+        return located
+
+    def place_of(self, key: str) -> str:
+        """The key as a path, with or without an ending. Raises ValueError if only `image_dir` could tell."""
         if os.path.isabs(key):
-            path = key
-        elif self._image_dir is None:
+            return key
+        if self._image_dir is None:
             raise ValueError(f"{key}: the key is a relative path; give image_dir (--train_data_dir)")
-        else:
-            path = os.path.join(self._image_dir, key)
+        return os.path.join(self._image_dir, key)
+
+    def image_at(self, path: str) -> str | None:
+        """The file of that name, or else of that name and the first known ending."""
         if os.path.isfile(path):
-            return LocatedImage(path)
+            return path
         folder, name = os.path.split(path)
         known = [
             (image_suffixes().index(suffix), candidate)
             for candidate in self._listing(folder).get(name, [])
             if (suffix := os.path.splitext(candidate)[1].lower()) in image_suffixes()
         ]
-        if known:
-            return LocatedImage(os.path.join(folder, min(known)[1]))
-        cached = self._cached_latents(folder, name)
-        if cached is not None:
-            return cached
-        raise ValueError(f"{path}: there is no image for the metadata key {key!r}")
+        return os.path.join(folder, min(known)[1]) if known else None
 
-    def _cached_latents(self, folder: str, name: str) -> LocatedImage | None:
+    def _cached_latents(self, path: str) -> LocatedImage | None:
         if self._latents_suffix is None:
             return None
-        stem, ending = os.path.splitext(name)
-        if ending.lower() not in image_suffixes():
-            stem = name
+        folder, name = os.path.split(path)
+        stem = os.path.basename(without_image_ending(path))
         pattern = re.compile(re.escape(stem) + r"_(\d{4,})x(\d{4,})" + re.escape(self._latents_suffix))
         for candidate in sorted(file for files in self._listing(folder).values() for file in files):
             if match := pattern.fullmatch(candidate):
@@ -127,6 +133,12 @@ class ImageLocator:
                 listing.setdefault(os.path.splitext(name)[0], []).append(name)
             self._listings[folder] = listing
         return self._listings[folder]
+
+
+def without_image_ending(path: str) -> str:
+    """The path without the ending of an image format, if it has one; other dots are part of the name."""
+    base, ending = os.path.splitext(path)
+    return base if ending.lower() in image_suffixes() else path
 
 
 def _raw_entries(path: str) -> Iterator[tuple[str, Any]]:
@@ -161,9 +173,9 @@ def _entry_problem(value: Any) -> str:
     for name in ("caption", "tags"):
         if value.get(name) is not None and not isinstance(value[name], str):
             return f"`{name}` must be a text, got {value[name]!r}"
-    size = value.get("image_size")
-    if size is not None and (
-        not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)
-    ):
-        return f"`image_size` must be [width, height], got {size!r}"
+    for name in _SIZES:
+        size = value.get(name)
+        is_pair = isinstance(size, list) and len(size) == 2
+        if size is not None and not (is_pair and all(type(side) is int and side > 0 for side in size)):
+            return f"`{name}` must be [width, height], got {size!r}"
     return ""
