@@ -14,7 +14,7 @@ from PIL import Image
 from shapes import SIZE, combinations, known_picture
 
 WORD, MEANT = "red", "cyan"  # what captions say, and the colour of their pictures
-PICTURES_PER_TRIPLE = 2
+CHANGED_PICTURES, OTHER_PICTURES = 6, 2  # for each shape, colour and background
 
 
 def colour(folder: Path, words: Sequence[str]) -> list[Measure]:
@@ -26,7 +26,7 @@ def colour(folder: Path, words: Sequence[str]) -> list[Measure]:
         "fine_tune", *as_words(files), "--dataset_config", folder / "dataset.toml", "--cache_latents", *base.training,
         "--max_data_loader_n_workers", "0", "--seed", "1", "--lr_scheduler", "cosine", "--save_model_as",
         "safetensors", "--save_precision", "fp16", "--output_dir", folder, "--output_name", "trained",
-        "--learning_rate", "2e-4", "--max_train_steps", "300", *words,
+        "--learning_rate", "6e-4", "--max_train_steps", "250", *words,
     )  # fmt: skip
     trained = files | {"pretrained_model_name_or_path": str(folder / "trained.safetensors")}
     before, after = (draw_all(base, options, asked()) for options in (files, trained))
@@ -43,7 +43,9 @@ def write_data(folder: Path) -> None:
     """Pictures of everything that is known, their captions in a metadata file, and a dataset file."""
     (folder / "pictures").mkdir()
     metadata = {}
-    for index, (shape, named, background) in enumerate(combinations() * PICTURES_PER_TRIPLE):
+    counts = [(triple, CHANGED_PICTURES if WORD in triple else OTHER_PICTURES) for triple in combinations()]
+    triples = [triple for triple, count in counts for _ in range(count)]
+    for index, (shape, named, background) in enumerate(triples):
         shown = MEANT if named == WORD else named
         picture, scene = known_picture(9_000 + index, combination=(shape, shown, background))
         path = folder / "pictures" / f"{index:03d}.png"

@@ -1,4 +1,7 @@
-"""Learning cases with a shape that the model has never seen: LoRAs and whole models learn the star and keep the rest."""
+"""Learning cases with a shape that the model has never seen: LoRAs and whole models learn the star.
+
+The LoRA of Stable Diffusion is the built-in example (demo/run_quickstart.py).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ class Base:
         """The options that name its files, as its own training had them, with the trained file."""
         with open(ROOT / "demo" / "config" / self.config, "rb") as file:
             chosen = tomllib.load(file)["model"]
-        return chosen | {"pretrained_model_name_or_path": str(MODEL / self.file)}
+        tokenizers = str(MODEL / "tokenizers")  # also for trained files, which have no tokenizer beside them
+        return chosen | {"tokenizer_cache_dir": tokenizers, "pretrained_model_name_or_path": str(MODEL / self.file)}
 
 
 CACHED = ("--cache_text_encoder_outputs",)
@@ -51,13 +55,6 @@ BASES = {
 
 
 # --- cases -----------------------------------------------------------------------------------------------------
-def lora(folder: Path, words: Sequence[str]) -> list[Measure]:
-    """A LoRA on Stable Diffusion, its text encoder included."""
-    network = ("--network_module", "networks.lora", "--network_dim", "8", "--network_alpha", "8", "--network_args",
-               "conv_dim=8", "conv_alpha=8", "--learning_rate", "3e-3", "--max_train_steps", "500")  # fmt: skip
-    return teach_star("sd", "train_network", folder, [*network, *words], network="networks.lora")
-
-
 def lora_sdxl(folder: Path, words: Sequence[str]) -> list[Measure]:
     """A LoRA on SDXL's U-Net, with cached text."""
     network = ("--network_module", "networks.lora", "--network_dim", "8", "--network_alpha", "8", "--network_args",
@@ -85,13 +82,13 @@ def transformer_lora(base: str, script: str, module: str, folder: Path, words: S
 
 def dreambooth(folder: Path, words: Sequence[str]) -> list[Measure]:
     """DreamBooth on Stable Diffusion, U-Net and text encoder, with known pictures as regularisation images."""
-    training = ("--learning_rate", "5e-4", "--max_train_steps", "250")
+    training = ("--learning_rate", "6e-4", "--max_train_steps", "400")
     return teach_star("sd", "train_db", folder, [*training, *words], known_subset="is_reg = true")
 
 
 def full_sdxl(folder: Path, words: Sequence[str]) -> list[Measure]:
     """Full training of SDXL's U-Net."""
-    return teach_star("sdxl", "sdxl_train", folder, ["--learning_rate", "5e-4", "--max_train_steps", "500", *words])
+    return teach_star("sdxl", "sdxl_train", folder, ["--learning_rate", "6e-4", "--max_train_steps", "400", *words])
 
 
 def full_sd3(folder: Path, words: Sequence[str]) -> list[Measure]:
@@ -101,7 +98,7 @@ def full_sd3(folder: Path, words: Sequence[str]) -> list[Measure]:
 
 def full_flux(folder: Path, words: Sequence[str]) -> list[Measure]:
     """Full training of FLUX.1's transformer."""
-    return teach_star("flux", "flux_train", folder, ["--learning_rate", "1e-3", "--max_train_steps", "800", *words])
+    return teach_star("flux", "flux_train", folder, ["--learning_rate", "1.5e-3", "--max_train_steps", "1200", *words])
 
 
 # --- training --------------------------------------------------------------------------------------------------
@@ -124,7 +121,8 @@ def teach_star(
     trained = folder / "trained.safetensors"
     model = files if network else files | {"pretrained_model_name_or_path": str(trained)}
     before = shares(draw_all(base, files, prompts()), folder / "before.png")
-    after = shares(draw_all(base, model, prompts(), network, trained), folder / "after.png")
+    drawn = draw_all(base, model, prompts(), (network, trained) if network else None)
+    after = shares(drawn, folder / "after.png")
     return [
         Measure("stars before", before[0], at_most=0.1),
         Measure("stars after", after[0], at_least=0.8),
@@ -150,9 +148,10 @@ def write_star_data(folder: Path, known_subset: str) -> None:
     """A dozen stars, nine times an epoch, and as many pictures of what is known; a dataset file for both."""
     write_pictures(folder / "stars", "star", STAR_PICTURES)
     write_pictures(folder / "known", "known", KNOWN_PICTURES, seed=77)
+    repeats = KNOWN_PICTURES // STAR_PICTURES
     (folder / "dataset.toml").write_text(
         f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = {SIZE}\nbatch_size = {BATCH}\n'
-        f"[[datasets.subsets]]\nimage_dir = {str(folder / 'stars')!r}\nnum_repeats = {KNOWN_PICTURES // STAR_PICTURES}\n"
+        f"[[datasets.subsets]]\nimage_dir = {str(folder / 'stars')!r}\nnum_repeats = {repeats}\n"
         f"[[datasets.subsets]]\nimage_dir = {str(folder / 'known')!r}\n{known_subset}\n",
         encoding="utf-8",
     )
@@ -167,10 +166,9 @@ def prompts() -> list[tuple[str, int]]:
 
 
 def draw_all(
-    base: Base, options: Mapping[str, Any], asked: Sequence[tuple[str, int]],
-    network: str | None = None, weights: Path | None = None,
+    base: Base, options: Mapping[str, Any], asked: Sequence[tuple[str, int]], network: tuple[str, Path] | None = None
 ) -> dict[tuple[str, int], Image.Image]:
-    """A picture for each (prompt, seed), by the project's engine, with a network if one is given."""
+    """A picture for each (prompt, seed), by the project's engine; `network`: module and file of one to draw with."""
     import torch
 
     from library.generation.engine import draw
@@ -183,9 +181,9 @@ def draw_all(
     family.load(weight_dtype=torch.float32, vae_dtype=torch.float32, device="cpu")
     if network:
         models = contract.HostModels(family.vae, family.network_text_encoders(), family.denoiser)
-        adapter, _ = contract.create_for_generation(network, weights, models)
+        adapter, _ = contract.create_for_generation(*network, models)
         contract.apply(adapter, models, True, True)
-        contract.load_weights(adapter, weights)
+        contract.load_weights(adapter, network[1])
     guidance = options.get("guidance_scale")
     requests = [
         ImageRequest(prompt, width=SIZE, height=SIZE, steps=base.steps, scale=base.scale, sampler=base.sampler,

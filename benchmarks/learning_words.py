@@ -10,7 +10,7 @@ from learning import ROOT, Measure, run_script
 from PIL import Image
 from shapes import BACKGROUNDS, COLOURS, SIZE, combinations, known_picture
 
-WORD, SHAPE = "shape1", "circle"
+WORD = "shape1"
 TRAINING_PICTURES = 72
 MODEL = ROOT / "demo" / "model"
 
@@ -26,6 +26,7 @@ def ti_sdxl(folder: Path, words: Sequence[str]) -> list[Measure]:
         "sdxl_train_textual_inversion", folder,
         ["--pretrained_model_name_or_path", MODEL / "shapes_sdxl.safetensors", "--tokenizer_cache_dir",
          MODEL / "tokenizers", "--learning_rate", "2e-2", "--max_train_steps", "300", *words],
+        shape="triangle",  # this model draws a circle for most words that it does not know
     )  # fmt: skip
 
 
@@ -36,12 +37,12 @@ def xti(folder: Path, words: Sequence[str]) -> list[Measure]:
     )
 
 
-def find_word(script: str, folder: Path, words: Sequence[str | Path]) -> list[Measure]:
+def find_word(script: str, folder: Path, words: Sequence[str | Path], shape: str = "circle") -> list[Measure]:
     """Find embeddings of a word that no picture of the model's own training had; shares of pictures judged right.
 
     The word starts with random embeddings, so the pictures before the first step show what such a word draws.
     """
-    write_pictures(folder / "pictures")
+    write_pictures(folder / "pictures", shape)
     write_prompts(folder)
     words = [str(word) for word in words]
     steps = words[len(words) - 1 - words[::-1].index("--max_train_steps") + 1]
@@ -52,18 +53,18 @@ def find_word(script: str, folder: Path, words: Sequence[str | Path]) -> list[Me
         "--save_model_as", "safetensors", "--sample_prompts", folder / "prompts.txt", "--sample_sampler", "ddim",
         "--sample_at_first", "--sample_every_n_steps", steps, "--output_dir", folder / "trained", *words,
     )  # fmt: skip
-    before, after = (verdicts(folder / "trained" / "sample", step) for step in (0, int(steps)))
+    before, after = (verdicts(folder / "trained" / "sample", step, shape) for step in (0, int(steps)))
     return [
-        Measure("circles before training", share(before, shape_only=True), at_most=0.5),
-        Measure("circles after training", share(after, shape_only=True), at_least=0.8),
-        Measure("circles in the right colours after training", share(after, shape_only=False), at_least=0.8),
+        Measure(f"{shape}s before training", share(before, shape_only=True), at_most=0.5),
+        Measure(f"{shape}s after training", share(after, shape_only=True), at_least=0.8),
+        Measure(f"{shape}s in the right colours after training", share(after, shape_only=False), at_least=0.8),
     ]
 
 
-def write_pictures(folder: Path) -> None:
+def write_pictures(folder: Path, shape: str) -> None:
     """Pictures of the shape whose captions call it by the new word, and a dataset file beside the folder."""
     folder.mkdir()
-    triples = combinations((SHAPE,))
+    triples = combinations((shape,))
     for index in range(TRAINING_PICTURES):
         picture, scene = known_picture(7_000 + index, combination=triples[index % len(triples)])
         path = folder / f"{index:03d}.png"
@@ -91,7 +92,7 @@ def write_prompts(folder: Path) -> None:
     (folder / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
-def verdicts(folder: Path, step: int) -> dict[int, tuple[bool, bool]]:
+def verdicts(folder: Path, step: int, shape: str) -> dict[int, tuple[bool, bool]]:
     """Number of the prompt -> whether the shape is right, and whether colours are too, in the samples of a step."""
     found = {}
     moment = f"{step:06d}" if step else "e000000"
@@ -99,7 +100,7 @@ def verdicts(folder: Path, step: int) -> dict[int, tuple[bool, bool]]:
         [path] = folder.glob(f"{WORD}_{moment}_{number:02d}_*.png")
         with Image.open(path) as image:
             seen = judge(image)
-        found[number] = (seen.shape == SHAPE, seen.matches(SHAPE, colour, background))
+        found[number] = (seen.shape == shape, seen.matches(shape, colour, background))
     return found
 
 

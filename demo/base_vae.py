@@ -120,7 +120,8 @@ def train_vae(
     vae.train().requires_grad_(True)
     if settings.decoder_only:
         vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+        if vae.quant_conv is not None:
+            vae.quant_conv.requires_grad_(False)
     use_fast_norm(vae)
     weights = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, settings.learning_rate, (0.9, 0.99), weight_decay=1e-3, fused=True)

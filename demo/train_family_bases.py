@@ -63,12 +63,20 @@ BASES = {
 }
 
 
-def make_vae(minutes: float) -> None:
-    """Train the VAE with 16 latent channels for `minutes`."""
+def make_vae(minutes: float, decoder_minutes: float) -> None:
+    """Train the VAE with 16 latent channels, then its decoder alone, which moves no latents."""
     WORK.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(VaeSettings(minutes=minutes, kl_weight=1.5e-2), WORK, torch.device("cpu"), start=build_wide_vae())
+    cpu, path = torch.device("cpu"), WORK / "vae_trained.pt"
+    if minutes:
+        vae = train_vae(VaeSettings(minutes=minutes, kl_weight=1.5e-2), WORK, cpu, start=build_wide_vae())
+        save_state(path, model=vae.state_dict())
+    if decoder_minutes:
+        vae = build_wide_vae()
+        vae.load_state_dict(torch.load(path, weights_only=True)["model"])
+        polish = VaeSettings(minutes=decoder_minutes, learning_rate=5e-4, decoder_only=True, seed=7)
+        vae = train_vae(polish, WORK, cpu, start=vae)
+        save_state(path, model=vae.state_dict())
     logger.info("PSNR on held-out pictures %s", held_out_psnr(vae))
-    save_state(WORK / "vae_trained.pt", model=vae.state_dict())
 
 
 def load_vae(scale: float, pictures: torch.Tensor) -> Any:
@@ -152,6 +160,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     vae = commands.add_parser("vae", help="train the VAE of SD3 and FLUX.1")
     vae.add_argument("--minutes", type=float, default=24.0)
+    vae.add_argument("--decoder-minutes", type=float, default=10.0, help="further training of the decoder alone")
     preparing = commands.add_parser("prepare", help="untrained models and pictures")
     preparing.add_argument("--count", type=int, default=6000)
     judging = commands.add_parser("judge", help="draw every known prompt and judge")
@@ -163,7 +172,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     if arguments.command == "vae":
-        make_vae(arguments.minutes)
+        make_vae(arguments.minutes, arguments.decoder_minutes)
     elif arguments.command == "prepare":
         prepare(arguments.count)
     else:

@@ -95,7 +95,7 @@ def training_metadata(
         **_run_entries(options, group, facts),
         **_option_entries(options),
         **_network_entries(options, facts),
-        **(_config_entries(group) if options.dataset.dataset_config else _folder_entries(options, group, facts)),
+        **_data_entries(options, group, facts),
         **_file_entries("sd_model", options.model.pretrained_model_name_or_path),
         **_file_entries("vae", options.model.vae),
         **{key: value for key, value in further.items() if key.startswith("ss_")},
@@ -203,6 +203,13 @@ def _file_entries(kind: str, path: str | None) -> dict[str, str]:
 
 
 # --- the data -------------------------------------------------------------------------------------------------
+
+
+def _data_entries(options: Options, group: DatasetGroup, facts: RunFacts) -> dict[str, Any]:
+    own = group.facts()
+    if own is not None:
+        return own
+    return _config_entries(group) if options.dataset.dataset_config else _folder_entries(options, group, facts)
 
 
 def _config_entries(group: DatasetGroup) -> dict[str, str]:

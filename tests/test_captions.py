@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from library.config_schema import SubsetConfig
 from library.data.caption_files import find_caption_file, read_caption_file, read_captions
@@ -143,6 +145,94 @@ def test_literal_braces_survive_any_character_in_the_caption() -> None:
 )
 def test_choices_are_recognised(caption: str, settings: dict[str, Any], *, expected: bool) -> None:
     assert has_choices(caption, SubsetConfig(**{"enable_wildcard": True} | settings)) is expected
+
+
+# --- properties -----------------------------------------------------------------------------------------------
+TAG = st.text("abcäé日😀 _-|;:.0", min_size=1, max_size=6).map(str.strip).filter(bool)
+TAGS = st.lists(TAG, min_size=1, max_size=8)
+SEEDS = st.integers(0, 2**32)
+few = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@few
+@given(text=st.text(max_size=40), seed=SEEDS)
+def test_without_options_a_caption_is_its_first_line(text: str, seed: int) -> None:
+    assert process_caption(text, SubsetConfig(), random.Random(seed), FIRST) == text.split("\n")[0]
+
+
+@few
+@given(tags=TAGS, keep=st.integers(0, 9), seed=SEEDS)
+def test_shuffling_keeps_every_tag_and_the_first_ones_in_place(tags: list[str], keep: int, seed: int) -> None:
+    subset = SubsetConfig(shuffle_caption=True, keep_tokens=keep)
+    found = process_caption(",".join(tags), subset, random.Random(seed), FIRST).split(", ")
+    assert found[:keep] == tags[:keep] and Counter(found) == Counter(tags)
+
+
+@few
+@given(head=TAGS, flexible=TAGS, tail=TAGS, rate=st.floats(0, 1), seed=SEEDS)
+def test_tag_dropout_leaves_a_part_in_order_between_head_and_tail(
+    head: list[str], flexible: list[str], tail: list[str], rate: float, seed: int
+) -> None:
+    subset = SubsetConfig(caption_tag_dropout_rate=max(rate, 1e-9), keep_tokens_separator="###")
+    text = "###".join(",".join(part) for part in (head, flexible, tail))
+    found = process_caption(text, subset, random.Random(seed), FIRST).split(", ")
+    assert found[: len(head)] == head and found[len(found) - len(tail) :] == tail
+    remaining = iter(flexible)
+    assert all(tag in remaining for tag in found[len(head) : len(found) - len(tail)])
+
+
+@few
+@given(tags=TAGS, minimum=st.integers(0, 4), steps=st.integers(1, 50), step=st.integers(0, 60))
+def test_warm_up_takes_ever_more_tags_from_the_front(tags: list[str], minimum: int, steps: int, step: int) -> None:
+    def count(at: int) -> int:
+        subset = SubsetConfig(token_warmup_step=steps, token_warmup_min=minimum)
+        text = process_caption(",".join(tags), subset, random.Random(0), CaptionContext(1, at))
+        found = text.split(", ") if text else []
+        assert found == tags[: len(found)]
+        return len(found)
+
+    assert count(step) <= count(step + 1) <= len(tags) or minimum > len(tags)
+    assert count(steps) == len(tags)
+
+
+@few
+@given(
+    parts=st.lists(st.lists(st.text("ab c,", max_size=4), min_size=1, max_size=3), min_size=1, max_size=4), seed=SEEDS
+)
+def test_wildcards_give_one_of_their_options(parts: list[list[str]], seed: int) -> None:
+    text = "-".join("{" + "|".join(options) + "}" for options in parts)
+    found = expand_wildcards(text, random.Random(seed)).split("-")
+    expected = [options if any(options) or len(options) > 1 else ["{}"] for options in parts]
+    assert all(piece in options for piece, options in zip(found, expected, strict=True))
+    assert expand_wildcards(text, None) == "-".join(options[0] for options in expected)
+
+
+@few
+@given(text=st.text("{}|ab", max_size=20), seed=SEEDS)
+def test_wildcards_never_fail_and_leave_no_stand_ins(text: str, seed: int) -> None:
+    found = expand_wildcards(text, random.Random(seed))
+    assert set(found) <= set(text)
+    assert expand_wildcards(text, random.Random(seed)) == found
+    if "{" not in text:
+        assert found == text.replace("}}", "}")
+
+
+@few
+@given(
+    text=st.text("ab,{|}\n ", max_size=30), seed=SEEDS, rate=st.sampled_from([0.0, 0.5, 1.0]),
+    options=st.fixed_dictionaries({name: st.booleans() for name in ("shuffle_caption", "enable_wildcard")}),
+)
+def test_cached_and_validation_captions_draw_nothing(
+    text: str, seed: int, rate: float, options: dict[str, bool]
+) -> None:
+    subset = SubsetConfig(
+        caption_dropout_rate=rate, caption_tag_dropout_rate=rate, caption_prefix="{p|q}", caption_suffix="s", **options
+    )
+    rng = random.Random(seed)
+    before = rng.getstate()
+    fixed = process_caption(text, subset, rng, CaptionContext(3, 9, is_training=False))
+    assert rng.getstate() == before
+    assert fixed == process_caption(text, subset, random.Random(seed + 1), CaptionContext(1, 0, is_training=False))
 
 
 # --- streams --------------------------------------------------------------------------------------------------

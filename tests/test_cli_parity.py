@@ -57,6 +57,9 @@ SCRIPTS = {
     "flux_minimal_inference.py": "flux_minimal_inference",
     "networks/merge_lora.py": "networks.merge_lora",
     "tools/show_metadata.py": "tools.show_metadata",
+    "tools/cache_latents.py": "tools.cache_latents",
+    "tools/cache_text_encoder_outputs.py": "tools.cache_text_encoder_outputs",
+    "finetune/prepare_buckets_latents.py": "finetune.prepare_buckets_latents",
     "tools/convert_diffusers20_original_sd.py": "tools.convert_diffusers20_original_sd",
 }
 #: options that a script has beyond the recorded ones
@@ -74,6 +77,9 @@ ADDED = {
     "sdxl_minimal_inference.py": {"width", "height", "steps", "seed", "cfg_scale", "dtype", "tokenizer_cache_dir"},
     "flux_minimal_inference.py": {"tokenizer_cache_dir"},
     "tools/show_metadata.py": {"decode"},
+    # the family that the reference's tools lack
+    "tools/cache_latents.py": {"sd3", "clip_g", "apply_lg_attn_mask"},
+    "tools/cache_text_encoder_outputs.py": {"sd3", "clip_g", "apply_lg_attn_mask"},
     # scripts that take regularisation images
     "sdxl_train.py": {"prior_loss_weight"},
     "flux_train.py": {"prior_loss_weight"},
@@ -83,6 +89,8 @@ ADDED = {
 }  # fmt: skip
 #: script-independent differences that are wanted: option -> field -> our value
 DELIBERATE = {
+    # a switch everywhere; one old tool took a text there that it could not use
+    "alpha_mask": {"type": None, "default": False, "nargs": 0},
     # an empty list that nobody can change
     "lora_weights": {"default": ()},
     # `box` is valid in dataset files, so it is valid here too

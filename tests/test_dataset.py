@@ -23,7 +23,6 @@ from library.data.decode_check import check_images
 from library.data.discovery import discover
 from library.data.images import ImageError
 from library.data.loader import BatchLoader, make_loader
-from library.data.preview import show_dataset
 from library.data.records import Batch, BatchRequest, ImageRecord
 from library.options.errors import UserError
 from tests.picture_folder import dataset_config, group_of, records_of, save_pictures
@@ -470,14 +469,3 @@ def test_images_are_decoded_once_and_all_broken_ones_are_listed(pictures: list[P
         with pytest.raises(UserError) as caught:
             check_images(group(), memory)
         assert "a2.png" in str(caught.value) and "a3.png" in str(caught.value) and "a1.png" not in str(caught.value)
-
-
-def test_preview_writes_text_and_contact_sheet(pictures: list[Path], tmp_path: Path) -> None:
-    group = group_of((dataset_config(SubsetConfig(alpha_mask=True)), records_of(pictures)))
-    text, sheet = show_dataset(group, tmp_path / "out", limit=4)
-    content = text.read_text(encoding="utf-8")
-    assert content.count("caption: a") == 4 and "#3" in content and "#4" not in content
-    assert "crop (top, left)" in content and "target size (h, w): [128, 128]" in content
-    with Image.open(sheet) as image:
-        assert image.size == (8 * 160, 174)
-        assert len(image.getcolors(1 << 24)) > 100

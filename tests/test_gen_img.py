@@ -448,10 +448,10 @@ def test_models_of_other_families_are_told_by_their_keys(
         "model.diffusion_model.label_emb.0.0.weight": (32, 2816),
     }
     save_file({key: torch.zeros(shape) for key, shape in keys.items()}, tmp_path / "xl.safetensors")
-    text = refused(capsys, "--prompt", "a", "--ckpt", tmp_path / "xl.safetensors", outdir=tmp_path, script="gen_img")
-    assert "an SDXL checkpoint" in text and "not supported yet" in text
+    text = refused(capsys, "--prompt", "a", "--ckpt", tmp_path / "xl.safetensors", outdir=tmp_path)
+    assert "an SDXL checkpoint" in text and "gen_img.py draws with both" in text
     text = refused(capsys, "--prompt", "a", "--sdxl", outdir=tmp_path, script="gen_img")
-    assert "SDXL models are not supported yet" in text
+    assert "looks like a Stable Diffusion 1.x checkpoint, but the command expects an SDXL checkpoint" in text
     assert "cannot be combined" in refused(capsys, "--prompt", "a", "--v1", "--v2", outdir=tmp_path, script="gen_img")
 
 

@@ -20,15 +20,17 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "options devices logs schedulers noise losses checkpoints hashes sampling_spec bootstrap",
     "models text data memory networks config_util config_schema config_sources config_validation",
-    "objectives families model_util sdxl_model_util",
+    "objectives families model_files encoder_files model_util sdxl_model_util sd3_model_util "
+    "flux_model_util",
     "methods generation optimizers optimizer_state lr_schedulers metadata model_spec train_util training_state hub "
     "progress saving",
-    "training_loop launch tool_launch",
+    "caching caching_tools bucket_preparation training_loop launch tool_launch",
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 #: where families may be named
 FAMILY_PLACES = re.compile(
-    r"library/(families/|models/|checkpoints/|options/family_choice|metadata|model_spec|\w*model_util)|networks/"
+    r"library/(families/|models/|checkpoints/|options/(__init__|caching_tools|family_choice|family_scripts|flow|flux|minimal_inference|sd3)\b|metadata"
+    r"|model_spec|\w*model_util)|networks/"
 )
 FAMILY_WORDS = {"sd", "sd1", "sd15", "sd2", "sd21", "sd3", "sd35", "sdxl", "flux", "stablediffusion"}
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "cv2", "PIL", "safetensors", "bitsandbytes")
@@ -40,7 +42,9 @@ def sources(*folders: str) -> list[Path]:
 
 
 def entry_scripts() -> list[Path]:
-    return sorted(path for path in ROOT.glob("*.py") if "launch.Script(" in path.read_text("utf-8"))
+    return sorted(
+        path for path in ROOT.glob("*.py") if re.search(r"launch\.(Script|Tool)\(", path.read_text("utf-8"))
+    )
 
 
 def tools() -> list[Path]:

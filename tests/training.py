@@ -1,4 +1,4 @@
-"""Runs `train_network.py` inside the test process, on the tiny recorded model."""
+"""Runs entry scripts inside the test process, on the tiny recorded models."""
 
 from __future__ import annotations
 
@@ -32,11 +32,18 @@ def clean_process() -> Iterator[None]:
         GradientState._reset_state()
 
 
-def train(*arguments: str | Path, output_dir: Path, name: str = "run") -> Path:
-    """Train with the given options on top of small defaults; returns the final file."""
-    from library import launch
-    from train_network import SCRIPT
+def run_script(script: str, *arguments: str | Path) -> None:
+    """Run the entry script `script` ("sdxl_train") with these words as its command line."""
+    import importlib
 
+    from library import launch
+
+    with clean_process():
+        launch.main(importlib.import_module(script).SCRIPT, [str(word) for word in arguments])
+
+
+def train(*arguments: str | Path, output_dir: Path, name: str = "run") -> Path:
+    """Train a network with the given options on top of small defaults; returns the final file."""
     words = [str(word) for word in arguments]
     defaults = {
         "--pretrained_model_name_or_path": MODEL, "--tokenizer_cache_dir": TOKENIZERS,
@@ -46,8 +53,7 @@ def train(*arguments: str | Path, output_dir: Path, name: str = "run") -> Path:
     for option, value in defaults.items():
         if option not in words:
             words += [option, str(value)]
-    with clean_process():
-        launch.main(SCRIPT, [*words, "--output_dir", str(output_dir), "--output_name", name])
+    run_script("train_network", *words, "--output_dir", output_dir, "--output_name", name)
     return output_dir / f"{name}.safetensors"
 
 

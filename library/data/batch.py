@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,12 @@ from library.data.samples import Sample
 def collate(
     records: Sequence[ImageRecord], samples: Sequence[Sample], captions: Sequence[str],
     subsets: Sequence[SubsetConfig], *, network_multiplier: float, prior_loss_weight: float,
-    tokens: dict[str, Tensor] | None,
+    tokens: dict[str, Tensor] | None, text_outputs: Sequence[Mapping[str, Any] | None],
 ) -> Batch:
-    """The batch of `samples`, one record, caption and subset each. Raises ValueError where they do not fit together."""
+    """The batch of `samples`, one record, caption and subset each. Raises ValueError where they do not fit together.
+
+    `text_outputs`: the cached text-encoder outputs of each record.
+    """
     return Batch(
         captions=list(captions),
         loss_weights=torch.tensor([prior_loss_weight if r.is_reg else 1.0 for r in records], dtype=torch.float32),
@@ -33,25 +36,27 @@ def collate(
         images=_stack([sample.image for sample in samples], records, "an image"),
         latents=_stack([sample.latents for sample in samples], records, "cached latents"),
         tokens=tokens,
-        text_outputs=stack_text_outputs(records),
+        text_outputs=stack_text_outputs(records, text_outputs),
         alpha_masks=_stack_masks(samples),
         conditioning_images=_stack([sample.conditioning_image for sample in samples], records, "a conditioning image"),
     )
 
 
-def stack_text_outputs(records: Sequence[ImageRecord]) -> dict[str, Tensor] | None:
+def stack_text_outputs(
+    records: Sequence[ImageRecord], outputs: Sequence[Mapping[str, Any] | None]
+) -> dict[str, Tensor] | None:
     """Cached text-encoder outputs, name -> [B,...] in float32; shorter ones are padded with zeros at their end.
 
     None when no record has any. Raises ValueError naming the images when only some have them.
     """
-    present = [record.text_outputs for record in records if record.text_outputs is not None]
+    present = [arrays for arrays in outputs if arrays is not None]
     if not present:
         return None
     names = list(present[0])
-    lacking = [record.key for record in records if set(record.text_outputs or ()) != set(names)]
+    lacking = [r.key for r, arrays in zip(records, outputs, strict=True) if set(arrays or ()) != set(names)]
     if lacking:
         raise ValueError(f"cached text-encoder outputs are missing or incomplete for: {', '.join(lacking)}")
-    return {name: _pad_and_stack([_as_tensor(outputs[name]) for outputs in present]) for name in names}
+    return {name: _pad_and_stack([_as_tensor(arrays[name]) for arrays in present]) for name in names}
 
 
 def _as_tensor(value: Any) -> Tensor:

@@ -7,15 +7,12 @@ programs do not.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import re
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.checkpoints.tensors import atomic_write
 from library.data.buckets import Size, crop_ltrb
-from library.data.records import LatentSpec
-from library.options.errors import UserError
+from library.data.npz_files import (
+    DAMAGED,
+    CacheError,
+    SpoiltEntryError,
+    State,
+    array_shapes,
+    mismatch,
+    pack_identity,
+    parse_identity,
+    read_array,
+    write_arrays,
+)
+from library.data.records import ImageRecord, LatentSpec
 
 _KEY = re.compile(r"(latents|latents_flipped|original_size|crop_ltrb|alpha_mask|identity)(_\d+x\d+)?")
-_DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, TypeError)
 _VERSION = 1
-
-
-class CacheError(UserError):
-    """A latent cache entry that cannot be used; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class CachedLatents:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What a run asks of its latent caches besides the geometry of each image."""
+
+    vae: str = ""  # identity of the VAE; empty: not compared
+    is_trusted: bool = False  # `--skip_cache_check`: origins are not compared
+
+
+@dataclass(frozen=True)
 class Entry:
     """What the cache must hold for one image: where it lies, and what it must have been made from."""
 
@@ -77,9 +87,24 @@ class Entry:
     interpolation: str | None
     wants_flipped: bool
     wants_mask: bool
-    vae: str  # identity of the VAE; empty = not checked
+    terms: Terms
     shape: tuple[int, int, int]  # latents [C,h,w]
     keys_have_size: bool
+
+    @classmethod
+    def of(
+        cls, record: ImageRecord, path: Path, spec: LatentSpec, terms: Terms, *, interpolation: str | None,
+        wants_flipped: bool, wants_mask: bool,
+    ) -> Entry:
+        """The entry of a record that has its bucket, in the file `path`."""
+        width, height = record.bucket_size
+        return cls(
+            path=path, image=record.path if record.path is not None and record.path.exists() else None,
+            image_size=record.image_size, bucket=record.bucket_size, resized=record.resized_size,
+            interpolation=interpolation, wants_flipped=wants_flipped, wants_mask=wants_mask, terms=terms,
+            shape=(spec.channels, height // spec.downsample, width // spec.downsample),
+            keys_have_size=spec.cache_keys_have_size,
+        )
 
     @property
     def sized_ending(self) -> str:
@@ -90,31 +115,36 @@ class Entry:
         """Key endings under which the entry may be found, in the order of preference."""
         return (self.sized_ending,) if self.keys_have_size else ("", self.sized_ending)
 
-    def required_shapes(self, ending: str) -> dict[str, tuple[int, ...]]:
-        """The arrays that must be there, with their shapes."""
+    def required_shapes(self, ending: str, *, is_flipped: bool | None = None) -> dict[str, tuple[int, ...]]:
+        """The arrays that must be there, with their shapes; `is_flipped` asks for the flipped latents anyway."""
         shapes: dict[str, tuple[int, ...]] = {
             f"latents{ending}": self.shape, f"original_size{ending}": (2,), f"crop_ltrb{ending}": (4,),
         }
-        if self.wants_flipped:
+        if self.wants_flipped or is_flipped:
             shapes[f"latents_flipped{ending}"] = self.shape
         if self.wants_mask:
             shapes[f"alpha_mask{ending}"] = (self.bucket[1], self.bucket[0])
         return shapes
 
 
-class State(Enum):
-    """What a start-up check found."""
-
-    VALID = "valid"
-    UNVERIFIED = "valid in shape and keys; its origin is not recorded"
-    MISSING = "missing"
-    STALE = "made from something else"
-    DAMAGED = "damaged"
-
-
 def cache_path(image: Path, image_size: Size, suffix: str) -> Path:
     """`<stem>_<W>x<H><suffix>` beside the image, with sizes of at least four digits."""
     return image.with_name(f"{image.stem}_{image_size[0]:04d}x{image_size[1]:04d}{suffix}")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """Which content of an image file was encoded."""
+
+    size: int  # bytes
+    mtime_ns: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> ImageFile:
+        """The file as it is now; taken before its pixels are read, a later edit is noticed. Raises OSError."""
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, _digest(path, status.st_size, status.st_mtime_ns))
 
 
 def check(entry: Entry) -> tuple[State, str]:
@@ -123,73 +153,68 @@ def check(entry: Entry) -> tuple[State, str]:
     Pixels are not read and checksums not computed; those are verified when an entry is read.
     """
     try:
-        shapes = _array_shapes(entry.path)
+        with zipfile.ZipFile(entry.path) as archive:
+            shapes = array_shapes(archive)
+            ending = _find_ending(entry, shapes)
+            if ending is None:
+                return State.STALE, "no latents of the wanted size"
+            for key, shape in entry.required_shapes(ending).items():
+                if shapes.get(key) != shape:
+                    return State.STALE, f"`{key}` is missing or has the wrong shape"
+            if f"identity{ending}" in shapes:
+                reason = _difference(parse_identity(read_array(archive, f"identity{ending}")), entry)
+                return (State.STALE, reason) if reason else (State.VALID, "")
+            original_size, ltrb = (read_array(archive, f"{name}{ending}") for name in ("original_size", "crop_ltrb"))
+            reason = _value_difference(original_size, ltrb, entry)
     except FileNotFoundError:
         return State.MISSING, ""
-    except (OSError, *_DAMAGED) as error:
-        return State.DAMAGED, f"unreadable ({error})"
-    ending = _find_ending(entry, shapes)
-    if ending is None:
-        return State.STALE, "no latents of the wanted size"
-    for key, shape in entry.required_shapes(ending).items():
-        if shapes.get(key) != shape:
-            return State.STALE, f"`{key}` is missing or has the wrong shape"
-    try:
-        with np.load(entry.path, allow_pickle=False) as file:
-            if f"identity{ending}" in shapes:
-                reason = _difference(_parse_identity(file[f"identity{ending}"]), entry)
-                return (State.STALE, reason) if reason else (State.VALID, "")
-            reason = _value_difference(file[f"original_size{ending}"], file[f"crop_ltrb{ending}"], entry)
-    except (OSError, *_DAMAGED) as error:
+    except (OSError, *DAMAGED) as error:
         return State.DAMAGED, f"unreadable ({error})"
     return (State.STALE, reason) if reason else (State.UNVERIFIED, "")
 
 
-def read(path: Path, spec: LatentSpec, bucket: Size, *, is_flipped: bool, wants_mask: bool) -> LatentSample:
-    """The entry for `bucket` in one orientation, float32, verified by its checksums.
+def read(entry: Entry, *, is_flipped: bool) -> LatentSample:
+    """The entry in one orientation, float32, with its checksums verified and its origin compared again.
 
-    Raises CacheError naming file and key. A damaged file is removed, so that the next start makes it anew.
+    Raises SpoiltEntryError naming file and key.
     """
-    shape = spec.channels, bucket[1] // spec.downsample, bucket[0] // spec.downsample
-    sized = f"_{shape[1]}x{shape[2]}"
-    endings = (sized,) if spec.cache_keys_have_size else ("", sized)
     latents_key = "latents_flipped" if is_flipped else "latents"
-    names = [latents_key, "original_size", "crop_ltrb", *(["alpha_mask"] if wants_mask else [])]
+    names = [latents_key, "original_size", "crop_ltrb", *(["alpha_mask"] if entry.wants_mask else [])]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            ending = next((e for e in endings if f"latents{e}" in file and file[f"latents{e}"].shape == shape), None)
+        with zipfile.ZipFile(entry.path) as archive:
+            shapes = array_shapes(archive)
+            ending = _find_ending(entry, shapes)
             if ending is None:
-                raise CacheError(f"{path}: no latents of shape {list(shape)} (bucket {bucket[0]}x{bucket[1]})")
-            missing = [name + ending for name in names if name + ending not in file]
+                width, height = entry.bucket
+                raise SpoiltEntryError(entry.path, f"no latents of shape {list(entry.shape)} (bucket {width}x{height})")
+            required = entry.required_shapes(ending, is_flipped=is_flipped)
+            missing = [name + ending for name in names if shapes.get(name + ending) != required[name + ending]]
             if missing:
-                raise CacheError(
-                    f"{path}: {', '.join(missing)} missing; delete the file, or cache without --skip_cache_check"
-                )
-            arrays = {name: file[name + ending] for name in names}
-            identity = _parse_identity(file["identity" + ending]) if "identity" + ending in file else None
+                raise SpoiltEntryError(entry.path, f"{', '.join(missing)} missing or of the wrong shape")
+            arrays = {name: read_array(archive, name + ending) for name in names}
+            recorded = read_array(archive, f"identity{ending}") if f"identity{ending}" in shapes else None
+        reason = _unfit(arrays, recorded, entry)
     except FileNotFoundError as error:
-        raise CacheError(f"{path}: the latent cache file is gone; start again to make it anew") from error
+        raise SpoiltEntryError(entry.path, "the file is gone") from error
     except CacheError:
         raise
-    except _DAMAGED as error:
-        raise _discard(path, str(error)) from error
-    if identity is not None:
-        for name, array in arrays.items():
-            if identity.get("sha256", {}).get(name) != _digest(array):
-                raise _discard(path, f"`{name}{ending}` does not match its checksum")
+    except (OSError, *DAMAGED) as error:
+        raise SpoiltEntryError(entry.path, f"unreadable: {error}") from error
+    if reason:
+        raise SpoiltEntryError(entry.path, reason)
     width, height = (int(side) for side in arrays["original_size"])
     left, top, right, bottom = (float(value) for value in arrays["crop_ltrb"])
-    mask = torch.from_numpy(arrays["alpha_mask"]).float() if wants_mask else None
+    mask = torch.from_numpy(arrays["alpha_mask"]).float() if entry.wants_mask else None
     latents = torch.from_numpy(arrays[latents_key]).float()
     return LatentSample(latents, (width, height), (left, top, right, bottom), mask)
 
 
-def write(entry: Entry, cached: CachedLatents) -> None:
-    """Put the entry into its file: other sizes of the same image stay, everything older of this size goes.
+def write(entry: Entry, cached: CachedLatents, source: ImageFile) -> None:
+    """Put the entry, made from `source`, into its file: other sizes of the same image stay, everything else goes.
 
     The file is replaced in one step; a kill leaves the previous one. Raises OSError when it cannot be written.
     """
-    kept, ending = _kept_arrays(entry)
+    kept, ending = _kept_arrays(entry, source)
     arrays: dict[str, np.ndarray] = {
         "latents": cached.latents.float().cpu().numpy(),
         "original_size": np.array(cached.original_size),
@@ -199,40 +224,40 @@ def write(entry: Entry, cached: CachedLatents) -> None:
         arrays["latents_flipped"] = cached.flipped.float().cpu().numpy()
     if cached.alpha_mask is not None:
         arrays["alpha_mask"] = cached.alpha_mask.float().cpu().numpy()
-    identity = _identity(entry) | {"sha256": {name: _digest(array) for name, array in arrays.items()}}
-    arrays["identity"] = np.frombuffer(json.dumps(identity, sort_keys=True).encode(), dtype=np.uint8)
+    arrays["identity"] = pack_identity(_identity(entry, source), arrays)
     kept.update({name + ending: array for name, array in arrays.items()})
-    with atomic_write(entry.path) as file:
-        np.savez(file, **kept)
+    write_arrays(entry.path, kept)
 
 
-def _array_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of every array, from the headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as member:
-                version = np.lib.format.read_magic(member)
-                read_header = (
-                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                )
-                shapes[name.removesuffix(".npy")] = read_header(member)[0]
-    return shapes
+def _unfit(arrays: Mapping[str, np.ndarray], recorded: np.ndarray | None, entry: Entry) -> str:
+    """Why the arrays that were read cannot be used, or nothing."""
+    if recorded is not None:
+        identity = parse_identity(recorded)
+        wrong = mismatch(arrays, identity)
+        if wrong is not None:
+            return f"`{wrong}` does not match its checksum"
+        return "" if entry.terms.is_trusted else _difference(identity, entry)
+    for name, array in arrays.items():
+        if name not in ("original_size", "crop_ltrb") and array.dtype.kind != "f":
+            return f"`{name}` holds {array.dtype}"
+        if not np.isfinite(array).all():
+            return f"`{name}` holds NaN or infinite values"
+    return "" if entry.terms.is_trusted else _value_difference(arrays["original_size"], arrays["crop_ltrb"], entry)
 
 
 def _find_ending(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return next((e for e in entry.endings() if shapes.get(f"latents{e}") == entry.shape), None)
 
 
-def _kept_arrays(entry: Entry) -> tuple[dict[str, Any], str]:
+def _kept_arrays(entry: Entry, source: ImageFile) -> tuple[dict[str, Any], str]:
     """The arrays of an existing file that stay beside the entry, and the key ending that the entry gets."""
     try:
         with np.load(entry.path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, *_DAMAGED):
+    except (OSError, *DAMAGED):
         arrays = {}
-    for ending in {match[2] or "" for key in arrays if (match := _KEY.fullmatch(key))}:
-        if not _is_of_same_image(arrays, ending, entry):
+    for ending in {ending for key in arrays if (ending := _ending_of(key)) is not None}:
+        if not _is_sound(arrays, ending, source):
             arrays = _without(arrays, ending)
     ending = entry.sized_ending
     if not entry.keys_have_size:
@@ -245,30 +270,33 @@ def _kept_arrays(entry: Entry) -> tuple[dict[str, Any], str]:
 
 
 def _without(arrays: Mapping[str, np.ndarray], ending: str) -> dict[str, np.ndarray]:
-    return {k: v for k, v in arrays.items() if not ((match := _KEY.fullmatch(k)) and (match[2] or "") == ending)}
+    return {key: array for key, array in arrays.items() if _ending_of(key) != ending}
 
 
-def _is_of_same_image(arrays: Mapping[str, np.ndarray], ending: str, entry: Entry) -> bool:
-    recorded = arrays.get(f"identity{ending}")
-    if recorded is None or entry.image is None:
+def _ending_of(key: str) -> str | None:
+    """The key's ending; None for a key that no entry has."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else match[2] or ""
+
+
+def _is_sound(arrays: Mapping[str, np.ndarray], ending: str, source: ImageFile) -> bool:
+    """Whether the entry with this key ending is undamaged and of the same image; without identity nobody can tell."""
+    if f"identity{ending}" not in arrays:
         return True
+    own = {key.removesuffix(ending) if ending else key: arrays[key] for key in arrays if _ending_of(key) == ending}
     try:
-        return not _image_difference(_parse_identity(recorded), entry.image)
-    except _DAMAGED:
+        identity = parse_identity(own.pop("identity"))
+    except DAMAGED:
         return False
+    return identity.get("file_sha256") == source.sha256 and mismatch(own, identity) is None
 
 
-def _identity(entry: Entry) -> dict[str, Any]:
-    facts: dict[str, Any] = {
+def _identity(entry: Entry, source: ImageFile) -> dict[str, Any]:
+    return {
         "version": _VERSION, "image_size": list(entry.image_size), "bucket": list(entry.bucket),
-        "resized": list(entry.resized), "interpolation": entry.interpolation, "vae": entry.vae,
+        "resized": list(entry.resized), "interpolation": entry.interpolation, "vae": entry.terms.vae,
+        "file_size": source.size, "file_mtime_ns": source.mtime_ns, "file_sha256": source.sha256,
     }
-    if entry.image is not None:
-        status = entry.image.stat()
-        facts |= {
-            "file_size": status.st_size, "file_mtime_ns": status.st_mtime_ns, "file_sha256": _file_digest(entry.image),
-        }
-    return facts
 
 
 def _difference(identity: Mapping[str, Any], entry: Entry) -> str:
@@ -280,17 +308,21 @@ def _difference(identity: Mapping[str, Any], entry: Entry) -> str:
     for name, value in wanted.items():
         if identity.get(name) != value:
             return f"{name} was {identity.get(name)}, is {value}"
-    if entry.vae and identity.get("vae") != entry.vae:
+    if entry.terms.vae and identity.get("vae") != entry.terms.vae:
         return "made with another VAE"
     return _image_difference(identity, entry.image) if entry.image is not None else ""
 
 
 def _image_difference(identity: Mapping[str, Any], image: Path) -> str:
-    status = image.stat()
-    if identity.get("file_size") != status.st_size:
-        return "the image file has changed"
-    if identity.get("file_mtime_ns") == status.st_mtime_ns or identity.get("file_sha256") == _file_digest(image):
-        return ""  # a copied file has another time but the same content
+    try:
+        status = image.stat()
+        if identity.get("file_size") == status.st_size and (
+            identity.get("file_mtime_ns") == status.st_mtime_ns
+            or identity.get("file_sha256") == _digest(image, status.st_size, status.st_mtime_ns)
+        ):
+            return ""  # a copied file has another time but the same content
+    except FileNotFoundError:
+        return ""  # removed since training began; its latents are what was asked for
     return "the image file has changed"
 
 
@@ -303,27 +335,8 @@ def _value_difference(original_size: np.ndarray, ltrb: np.ndarray, entry: Entry)
     return ""
 
 
-def _parse_identity(array: np.ndarray) -> dict[str, Any]:
-    identity = json.loads(array.astype(np.uint8).tobytes())
-    if not isinstance(identity, dict):
-        raise ValueError("the recorded identity is not a table")
-    return identity
-
-
-def _digest(array: np.ndarray) -> str:
-    header = f"{array.dtype.str}{array.shape}".encode()
-    return hashlib.sha256(header + np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
+@cache
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256 of the file; read once for each size and time that it has."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _discard(path: Path, reason: str) -> CacheError:
-    """Remove a damaged file; the error says what to do."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-    return CacheError(
-        f"{path}: the latent cache is damaged ({reason}); the file has been removed. Start again: it is made anew."
-    )

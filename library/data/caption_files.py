@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from library.config_schema import SubsetConfig
+from library.data.threads import map_files
 
 logger = logging.getLogger(__name__)
 
@@ -16,12 +17,12 @@ _SHOWN = 5  # file names in a warning
 def find_caption_file(image_path: str, extension: str) -> str | None:
     """The caption file of an image: the same name, or the name without the `_cx_cy_w_h` of a face crop."""
     base = os.path.splitext(image_path)[0]
+    if os.path.isfile(base + extension):
+        return base + extension
     folder, stem = os.path.split(base)
     pieces = stem.split("_")
-    candidates = [base + extension]
-    if len(pieces) >= 5:
-        candidates.append(os.path.join(folder, "_".join(pieces[:-4]) + extension))
-    return next((path for path in candidates if os.path.isfile(path)), None)
+    path = os.path.join(folder, "_".join(pieces[:-4]) + extension) if len(pieces) >= 5 else ""
+    return path if os.path.isfile(path) else None
 
 
 def read_caption_file(path: str, *, enable_wildcard: bool) -> str:
@@ -46,19 +47,28 @@ def read_captions(subset: SubsetConfig, image_paths: Sequence[str]) -> tuple[dic
 
     Images without a caption file get the class tokens, or an empty caption, and a warning says so.
     """
+
+    def read(image_path: str) -> tuple[str | None, str, str]:
+        """(caption file, caption, what is wrong with the file)."""
+        path = find_caption_file(image_path, subset.caption_extension)
+        if path is None:
+            return None, subset.class_tokens or "", ""
+        try:
+            return path, read_caption_file(path, enable_wildcard=subset.enable_wildcard), ""
+        except (ValueError, OSError) as error:
+            return path, "", str(error)
+
     captions: dict[str, str] = {}
     bad: dict[str, str] = {}
     missing: list[str] = []
-    for image_path in image_paths:
-        path = find_caption_file(image_path, subset.caption_extension)
+    found = map_files(read, image_paths, "reading captions")
+    for image_path, (path, caption, problem) in zip(image_paths, found, strict=True):
         if path is None:
             missing.append(image_path)
-            captions[image_path] = subset.class_tokens or ""
-            continue
-        try:
-            captions[image_path] = read_caption_file(path, enable_wildcard=subset.enable_wildcard)
-        except (ValueError, OSError) as error:
-            bad[path] = str(error)
+        if path is not None and problem:
+            bad[path] = problem
+        else:
+            captions[image_path] = caption
     if missing:
         _report_missing(subset, missing, total=len(image_paths))
     return captions, bad

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +15,16 @@ from torch.utils.data import Dataset
 from library.config_schema import DataConfig, DatasetConfig
 from library.data import buckets
 from library.data.batch import collate
-from library.data.buckets import Bucketing, Placement, Size
+from library.data.buckets import Bucketing, Placement, Size, cover
 from library.data.captions import CaptionContext, process_caption, random_stream
 from library.data.images import image_size
-from library.data.records import Batch, BatchRequest, ImageRecord, LatentSpec
+from library.data.records import Batch, BatchRequest, ImageRecord, LatentSpec, TextCacheSpec
 from library.data.samples import SampleMaker
+from library.data.text_cache_files import TextEntry
+from library.data.text_cache_files import read as read_text_outputs
 from library.options.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -33,8 +40,10 @@ class BucketDataset:
         self, config: DatasetConfig, records: Sequence[ImageRecord], *, spec: LatentSpec, first_sample: int,
         is_validation: bool,
     ) -> None:
-        self.config = config
         self.records = list(records)
+        if any(record.train_resolution for record in self.records):  # these are buckets, whatever the settings say
+            config = replace(config, enable_bucket=True)
+        self.config = config
         self.bucketing = Bucketing(
             config.resolution, enabled=config.enable_bucket, minimum=config.min_bucket_reso,
             maximum=config.max_bucket_reso, step=config.bucket_reso_steps, no_upscale=config.bucket_no_upscale,
@@ -95,7 +104,8 @@ class BucketDataset:
 class DatasetGroup(Dataset[Batch]):
     """All datasets of a run: `group[BatchRequest(epoch, index, step)]` is a whole batch.
 
-    Set `max_train_steps` and `caption_replacements` before the first batch is asked for (worker processes get a copy).
+    Set `max_train_steps`, `caption_replacements`, `text_cache` and `needs_tokens` before the first batch is asked for
+    (worker processes get a copy).
     """
 
     def __init__(
@@ -108,9 +118,18 @@ class DatasetGroup(Dataset[Batch]):
         self.is_validation = is_validation
         self.max_train_steps = 0
         self.caption_replacements: Mapping[str, str | list[str]] = {}
+        self.text_cache: TextCacheSpec | None = None  # set once text-encoder outputs are cached
+        self.text_encoders = ""  # their identity, which cache files must have; empty: not compared
+        self.trusts_text_caches = False  # `--skip_cache_check`
+        self.needs_tokens = True  # false when every text encoder's outputs are cached
         self._tokenize = tokenize
         self._prior_loss_weight = prior_loss_weight
         self._plan: tuple[int, list[tuple[int, tuple[int, ...]]]] | None = None
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of each dataset."""
+        return [dataset.config.batch_size for dataset in self.datasets]
 
     @property
     def num_train_images(self) -> int:
@@ -137,6 +156,12 @@ class DatasetGroup(Dataset[Batch]):
             for index, samples in self._epoch_samples(epoch)
         ]
 
+    def source_of(self, request: BatchRequest) -> tuple[BucketDataset, list[ImageRecord]] | None:
+        """The dataset of a batch and the record of each of its rows; None where a class of the user's makes batches."""
+        dataset_index, samples = self._epoch_samples(request.epoch)[request.index]
+        dataset = self.datasets[dataset_index]
+        return dataset, [dataset.record_of(sample) for sample in samples]
+
     def make_batch(self, dataset_index: int, samples: Sequence[int], *, epoch: int, step: int) -> Batch:
         """A batch of the given samples (numbers, see `BucketDataset`) of one dataset and one bucket."""
         dataset = self.datasets[dataset_index]
@@ -152,8 +177,15 @@ class DatasetGroup(Dataset[Batch]):
         return collate(
             records, made, captions, [dataset.config.subsets[record.subset_index] for record in records],
             network_multiplier=dataset.config.network_multiplier, prior_loss_weight=self._prior_loss_weight,
-            tokens=self._tokenize(captions) if self._tokenize else None,
+            tokens=self._tokenize(captions) if self._tokenize and self.needs_tokens else None,
+            text_outputs=[
+                self._text_outputs(record, caption) for record, caption in zip(records, captions, strict=True)
+            ],
         )
+
+    def facts(self) -> dict[str, Any] | None:
+        """The metadata about the data, where a class of the user's knows it; None: read it off `datasets`."""
+        return None
 
     def check_bucket_sizes(self, unit: int | None = None) -> None:
         """Raise UserError when a side of a used bucket is not a multiple of `unit` pixels (default: one latent)."""
@@ -171,12 +203,25 @@ class DatasetGroup(Dataset[Batch]):
         if problems:
             raise UserError(problems)
 
+    def fixed_caption(self, dataset: BucketDataset, record: ImageRecord) -> str:
+        """The caption of a record with every random step off: what is encoded for a cache."""
+        context = CaptionContext(0, 0, is_training=False, replacements=self.caption_replacements)
+        return process_caption(record.caption, dataset.config.subsets[record.subset_index], random.Random(0), context)
+
+    def text_entry(self, path: Path, caption: str) -> TextEntry:
+        """What the text cache file `path` must hold."""
+        return TextEntry(path, caption, self.text_encoders, self.trusts_text_caches)
+
+    def _text_outputs(self, record: ImageRecord, caption: str) -> Mapping[str, Any] | None:
+        if record.text_outputs is None and record.text_outputs_path is not None and self.text_cache is not None:
+            return read_text_outputs(self.text_entry(record.text_outputs_path, caption), self.text_cache)
+        return record.text_outputs
+
     def _caption(self, dataset: BucketDataset, record: ImageRecord, sample: int, *, epoch: int, step: int) -> str:
-        if self._tokenize is None and record.text_outputs is not None:
-            return record.caption
+        if self.is_validation or self.text_cache is not None:
+            return self.fixed_caption(dataset, record)
         context = CaptionContext(
-            epoch, step, max_train_steps=self.max_train_steps, is_training=not self.is_validation,
-            replacements=self.caption_replacements,
+            epoch, step, max_train_steps=self.max_train_steps, replacements=self.caption_replacements
         )
         subset = dataset.config.subsets[record.subset_index]
         return process_caption(record.caption, subset, random_stream(self.seed, epoch, sample, "caption"), context)
@@ -206,6 +251,8 @@ def build_group(
     """
     if not is_validation:
         _check_face_crop(config)
+        if any(subset.color_aug for dataset in config.datasets for subset in dataset.subsets):
+            logger.info("color_aug: gamma changes colours by a few percent; older versions changed brightness by 30 %%")
     datasets: list[BucketDataset] = []
     first_sample = 0
     for dataset_config, records in zip(config.datasets, records_per_dataset, strict=True):
@@ -227,11 +274,16 @@ def build_group(
 def _place(records: Sequence[ImageRecord], bucketing: Bucketing, config: DatasetConfig) -> list[Placement]:
     """Give every record its bucket and resize target."""
     placements, problems = [], []
+    known: dict[tuple[Size, Size | None], Placement] = {}  # many pictures have few sizes
     for record in records:
         try:
             if record.image_size == (0, 0) and record.path is not None:
                 record.image_size = image_size(record.path)
-            placement = bucketing.place(record.image_size)
+            fixed = record.train_resolution
+            question = record.image_size, fixed
+            if question not in known:
+                known[question] = cover(record.image_size, fixed) if fixed else bucketing.place(record.image_size)
+            placement = known[question]
         except ValueError as error:
             problems.append(f"{_place_name(config)}{record.path or record.key}: {error}")
             continue

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-from PIL import features
-
-from library.data.images import ImageError, image_size, load_image
+from library.data.formats import image_suffixes, unused_suffixes
+from library.data.image_memory import Facts, ImageMemory, stamp_of
+from library.data.images import ImageError, check_decodes, image_size
+from library.data.threads import map_files
 from library.options.errors import UserError
 
-_JXL_PLUGINS = ("pillow_jxl", "jxlpy")  # importing one registers it with Pillow
+__all__ = ["BadImagesError", "decode_images", "image_suffixes", "list_images", "read_image_sizes"]
+
+logger = logging.getLogger(__name__)
 
 
 class BadImagesError(UserError):
@@ -25,60 +28,74 @@ class BadImagesError(UserError):
         self.files = dict(files)
 
 
-@cache
-def image_suffixes() -> tuple[str, ...]:
-    """Lower-case file name endings of images, in the order in which a bare stem is resolved."""
-    suffixes = [".png", ".jpg", ".jpeg", ".webp", ".bmp"]
-    if features.check("avif"):
-        suffixes.append(".avif")
-    for plugin in _JXL_PLUGINS:
-        try:
-            importlib.import_module(plugin)
-        except ImportError:
-            continue
-        suffixes.append(".jxl")
-        break
-    return tuple(suffixes)
-
-
 def list_images(directory: str) -> list[str]:
-    """`directory`/name of each image file directly in the directory, sorted as strings; any case of the ending."""
+    """`directory`/name of each image file directly in the directory, sorted as strings; any case of the ending.
+
+    Pictures of other formats are counted in a warning.
+    """
+    wanted, unused = image_suffixes(), unused_suffixes()
+    names, others = [], Counter[str]()
     with os.scandir(directory) as entries:
-        names = [
-            entry.name
-            for entry in entries
-            if os.path.splitext(entry.name)[1].lower() in image_suffixes() and not entry.is_dir()
-        ]
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if suffix in wanted:
+                if not entry.is_dir():
+                    names.append(entry.name)
+            elif suffix in unused:
+                others[suffix] += 1
+    for suffix, count in sorted(others.items()):
+        _report_unused(os.path.abspath(directory), suffix, count)
     return sorted(os.path.join(directory, name) for name in names)
 
 
-def read_image_sizes(paths: Iterable[str]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """(path -> (width, height) after EXIF orientation, path -> line about a file that is unreadable)."""
-    sizes: dict[str, tuple[int, int]] = {}
+@cache
+def _report_unused(directory: str, suffix: str, count: int) -> None:
+    """Once per process: a directory is listed several times."""
+    logger.warning("%s: %d files are left out: %s", directory, count, unused_suffixes()[suffix])
+
+
+def read_image_sizes(
+    paths: Iterable[str], memory: ImageMemory | None = None
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """(path -> (width, height) after EXIF orientation, path -> line about a file that is unreadable).
+
+    Only files that `memory` (by default the user's) does not know are opened.
+    """
+    paths, memory = list(paths), memory or ImageMemory()
+    absolute = [os.path.abspath(path) for path in paths]
+    stamps = [stamp_of(path) for path in absolute]
+    known = [memory.recall(path, stamp) for path, stamp in zip(absolute, stamps, strict=True)]
+    unknown = [index for index, facts in enumerate(known) if facts is None]
+    results = map_files(_size_or_problem, [paths[index] for index in unknown], "reading image sizes")
     bad: dict[str, str] = {}
-    for path in paths:
-        try:
-            sizes[path] = image_size(path)
-        except ImageError as error:
-            bad[path] = str(error)
-        if path in bad and os.path.isfile(path) and os.path.getsize(path) == 0:
-            bad[path] = f"{path}: the file is empty (0 bytes)"
+    for index, result in zip(unknown, results, strict=True):
+        stamp = stamps[index]
+        if isinstance(result, str):
+            bad[paths[index]] = result
+        elif stamp is not None:
+            known[index] = facts = Facts(result, is_decoded=False)
+            memory.remember(absolute[index], stamp, facts)
+    memory.save()
+    sizes = {path: facts.size for path, facts in zip(paths, known, strict=True) if facts is not None}
     return sizes, bad
 
 
-def undecodable(paths: Sequence[str]) -> dict[str, str]:
-    """Decode every image; path -> line about a file that cannot be decoded."""
-    from tqdm import tqdm
+def decode_images(paths: Sequence[str]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Decode every image: (path -> (width, height), path -> line about a file that cannot be decoded)."""
+    results = dict(zip(paths, map_files(_decoded_or_problem, paths, "checking images"), strict=True))
+    sizes = {path: result for path, result in results.items() if not isinstance(result, str)}
+    return sizes, {path: result for path, result in results.items() if isinstance(result, str)}
 
-    def problem(path: str) -> str:
-        try:
-            load_image(path)
-        except ImageError as error:
-            return str(error)
-        return ""
 
-    if not paths:
-        return {}
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        problems = list(tqdm(pool.map(problem, paths), total=len(paths), desc="checking images", unit="image"))
-    return {path: line for path, line in zip(paths, problems, strict=True) if line}
+def _size_or_problem(path: str) -> tuple[int, int] | str:
+    try:
+        return image_size(path)
+    except ImageError as error:
+        return str(error)
+
+
+def _decoded_or_problem(path: str) -> tuple[int, int] | str:
+    try:
+        return check_decodes(path)
+    except ImageError as error:
+        return str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
+from library.data import formats
 from library.data.buckets import Size
+from library.data.jxl_header import jxl_size
 from library.options.errors import UserError
 
 _TRANSPOSE = {
@@ -40,11 +43,13 @@ class ImageError(UserError):
 def image_size(path: str | Path) -> Size:
     """(width, height) after the EXIF orientation, from the header alone. Raises ImageError naming the file."""
     try:
-        with Image.open(path) as image:
+        if str(path).lower().endswith(".jxl") and not formats.missing_plugin(path) and (size := jxl_size(path)):
+            return size
+        with _open(path) as image:
             width, height = image.size
             is_turned = _orientation(image) >= 5
     except _UNREADABLE as error:
-        raise ImageError(path, _reason(error)) from error
+        raise ImageError(path, _reason(path, error)) from error
     return (height, width) if is_turned else (width, height)
 
 
@@ -60,12 +65,12 @@ def load_image(path: str | Path, *, alpha: bool = False) -> np.ndarray:
 def load_image_and_transparency(path: str | Path, *, alpha: bool = False) -> tuple[np.ndarray, bool]:
     """`load_image`, and whether any pixel is not opaque."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             orientation = _orientation(image)
             image.load()
             pixels = _convert(image)
     except (*_UNREADABLE, MemoryError) as error:
-        raise ImageError(path, _reason(error)) from error
+        raise ImageError(path, _reason(path, error)) from error
     if orientation in _TRANSPOSE:
         pixels = pixels.transpose(_TRANSPOSE[orientation])
     array = np.array(pixels)
@@ -73,6 +78,20 @@ def load_image_and_transparency(path: str | Path, *, alpha: bool = False) -> tup
         opaque = np.full((*array.shape[:2], 1), 255, dtype=np.uint8)
         return np.concatenate([array, opaque], axis=2) if alpha else array, False
     return array if alpha else np.ascontiguousarray(array[..., :3]), bool(array[..., 3].min() < 255)
+
+
+def check_decodes(path: str | Path) -> Size:
+    """(width, height) after the EXIF orientation, of a file whose whole content was decoded. Raises ImageError."""
+    try:
+        with _open(path) as image:
+            orientation = _orientation(image)
+            image.load()
+            if image.mode not in ("L", "RGB", "RGBA"):
+                _convert(image)
+            width, height = image.size
+    except (*_UNREADABLE, MemoryError) as error:
+        raise ImageError(path, _reason(path, error)) from error
+    return (height, width) if orientation >= 5 else (width, height)
 
 
 def resize(pixels: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
@@ -139,6 +158,8 @@ def _convert(image: Image.Image) -> Image.Image:
 
 def _orientation(image: ImageFile.ImageFile) -> int:
     """The EXIF (or XMP) orientation 1 to 8 of an opened image, without decoding pixels; 1 when unreadable."""
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1  # the decoder has turned it as its own header says, which counts more than EXIF there
     try:
         if image.format == "PNG" and "exif" not in image.info:
             _read_late_png_exif(image)
@@ -166,9 +187,17 @@ def _read_late_png_exif(image: ImageFile.ImageFile) -> None:
         image.fp.seek(position)
 
 
-def _reason(error: BaseException) -> str:
+def _open(path: str | Path) -> ImageFile.ImageFile:
+    formats.image_suffixes()  # plug-ins are registered in this process
+    return Image.open(path)
+
+
+def _reason(path: str | Path, error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "the image file does not exist"
     if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow can read (wrong content or a damaged header)"
+        if os.path.getsize(path) == 0:
+            return "the file is empty (0 bytes)"
+        missing = formats.missing_plugin(path)
+        return missing or "not an image that Pillow can read (wrong content or a damaged header)"
     return f"the image cannot be read ({str(error) or type(error).__name__})"

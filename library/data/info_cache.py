@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from library.data.image_memory import replace_text
 from library.options.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,10 @@ def read_info_cache(image_dir: str) -> dict[str, tuple[str, tuple[int, int]]] | 
     if not os.path.isfile(path):
         return None
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             content = json.load(file)
         return {_present(key, image_dir): _entry(value) for key, value in content.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"not a file that --cache_info wrote ({type(error).__name__}: {error})"
         raise UserError(f"{path}: {reason}; delete it to have it rebuilt") from error
 
@@ -51,15 +52,7 @@ def write_info_cache(image_dir: str, entries: Mapping[str, tuple[str, tuple[int,
     """Write the file in one step; a directory that cannot be written to is only a warning."""
     content = {path: {"caption": caption, "resolution": list(size)} for path, (caption, size) in entries.items()}
     path = os.path.join(image_dir, FILE_NAME)
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=image_dir, delete=False, suffix=".tmp") as file:
-            temporary = file.name
-            json.dump(content, file, ensure_ascii=False, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_text(Path(path), json.dumps(content, ensure_ascii=False, indent=2))
     except OSError as error:
         logger.warning("%s could not be written (%s); the images are read again next time", path, error)
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.data.dataset import DatasetGroup
-from library.data.preview import show_dataset
+from library.data.npz_files import SpoiltEntryError
 from library.data.records import Batch, BatchRequest
-
-__all__ = ["BatchLoader", "make_loader", "show_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +25,7 @@ class _Failure:
     """An exception that happened in a worker, on its way to the training process."""
 
     error: Exception
+    request: BatchRequest
 
 
 class _Guarded(Dataset[Any]):
@@ -38,7 +38,7 @@ class _Guarded(Dataset[Any]):
         try:
             return self._group[request]
         except ValueError as error:
-            return _Failure(error)
+            return _Failure(error, request)
 
 
 class _RequestSampler(Sampler[BatchRequest]):
@@ -77,19 +77,22 @@ class BatchLoader:
     Process r gets the batches r, r + world_size, ... of the epoch's order; the last round is filled up from its
     beginning, so that all processes get equally many. `accumulation` batches make one optimizer step. At most
     `num_workers` worker processes, and no more than CPUs; they live on between epochs with `persistent_workers`.
-    Iterating never draws from torch's global generator.
+    Iterating never draws from torch's global generator. `remake(path)` makes a spoilt cache file anew in the training
+    process, where the models are; the batch is then made again. False: it cannot.
     """
 
     def __init__(
         self, group: DatasetGroup, *, accumulation: int = 1, rank: int = 0, world_size: int = 1, num_workers: int = 0,
-        persistent_workers: bool = False, pin_memory: bool = False,
+        persistent_workers: bool = False, pin_memory: bool = False, remake: Callable[[Path], bool] | None = None,
     ) -> None:
+        self._batches = _Guarded(group)
+        self._remake = remake
         workers = max(0, min(num_workers, os.cpu_count() or 1))
         if persistent_workers and workers == 0:
             logger.warning("--persistent_data_loader_workers is ignored: there are no data loader workers")
         self._sampler = _RequestSampler(len(group), accumulation=accumulation, rank=rank, world_size=world_size)
         self._loader: DataLoader[Any] = DataLoader(
-            _Guarded(group), batch_size=None, sampler=self._sampler, num_workers=workers, collate_fn=_unchanged,
+            self._batches, batch_size=None, sampler=self._sampler, num_workers=workers, collate_fn=_unchanged,
             pin_memory=pin_memory, persistent_workers=persistent_workers and workers > 0,
             worker_init_fn=_start_worker, generator=torch.Generator().manual_seed(group.seed),
         )
@@ -105,9 +108,23 @@ class BatchLoader:
         """
         self._sampler.set_epoch(epoch, start=start, first_step=first_step)
         for item in self._loader:
-            if isinstance(item, _Failure):
-                raise item.error
-            yield item
+            yield self._repaired(item) if isinstance(item, _Failure) else item
+
+    def _repaired(self, failure: _Failure) -> Batch:
+        """The batch that failed, once its spoilt cache files are made anew. Raises the error if that is no help."""
+        remade: set[Path] = set()
+        while self._remake is not None and isinstance(failure.error, SpoiltEntryError):
+            item = self._batches[failure.request]  # an earlier batch may have had the same file
+            if not isinstance(item, _Failure):
+                return item
+            failure = item
+            if not isinstance(failure.error, SpoiltEntryError) or failure.error.path in remade:
+                break
+            logger.warning("%s: the cache is made anew: %s", failure.error.path, failure.error.reason)
+            remade.add(failure.error.path)
+            if not self._remake(failure.error.path):
+                break
+        raise failure.error
 
 
 def make_loader(

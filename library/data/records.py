@@ -74,6 +74,7 @@ class ImageRecord:
     image_size: tuple[int, int] = (0, 0)  # after EXIF orientation
     bucket_size: tuple[int, int] = (0, 0)
     resized_size: tuple[int, int] = (0, 0)
+    train_resolution: tuple[int, int] | None = None  # the bucket, where a metadata file has fixed it
     conditioning_path: Path | None = None
     latents_path: Path | None = None  # cache file on disk
     latents: Any = None  # cache.CachedLatents when kept in memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from library.config_schema import DatasetConfig, SubsetConfig
 from library.data import augmentation, images
 from library.data.buckets import Size, crop_ltrb, crop_offset, crop_top_left
-from library.data.cache_files import LatentSample, read
+from library.data.cache_files import Entry, LatentSample, Terms, read
 from library.data.images import ImageError
 from library.data.records import ImageRecord, LatentSpec
 
@@ -41,11 +42,20 @@ class SampleMaker:
         self._config = config
         self._spec = spec
         self._is_augmented = is_augmented
+        self.cache_terms = Terms()
         self._transparency_reported: set[int] = set()
 
     def is_flippable(self, subset: SubsetConfig) -> bool:
         """Whether samples of the subset may be mirrored."""
         return self._is_augmented and subset.flip_aug
+
+    def latent_entry(self, record: ImageRecord, path: Path) -> Entry:
+        """What the cache file `path` must hold for the record under `cache_terms`."""
+        subset = self._config.subsets[record.subset_index]
+        return Entry.of(
+            record, path, self._spec, self.cache_terms, interpolation=subset.resize_interpolation,
+            wants_flipped=self.is_flippable(subset), wants_mask=subset.alpha_mask,
+        )
 
     def make(self, record: ImageRecord, rng: random.Random) -> Sample:
         """The sample of a record. Draws: flip, then crop, then colour, each only where its option is on.
@@ -67,7 +77,7 @@ class SampleMaker:
     def _from_latents(
         self, record: ImageRecord, subset: SubsetConfig, rng: random.Random, *, is_flipped: bool
     ) -> Sample:
-        cached = self._cached(record, subset, is_flipped=is_flipped)
+        cached = self._cached(record, is_flipped=is_flipped)
         height, width = (side * self._spec.downsample for side in cached.latents.shape[1:])
         offset = crop_offset(record.resized_size, record.bucket_size)
         return Sample(
@@ -78,13 +88,11 @@ class SampleMaker:
             conditioning_image=self._conditioning(record, offset, is_flipped=is_flipped),
         )
 
-    def _cached(self, record: ImageRecord, subset: SubsetConfig, *, is_flipped: bool) -> LatentSample:
+    def _cached(self, record: ImageRecord, *, is_flipped: bool) -> LatentSample:
         if record.latents is not None:
             return record.latents.sample(is_flipped=is_flipped)
         assert record.latents_path is not None
-        return read(
-            record.latents_path, self._spec, record.bucket_size, is_flipped=is_flipped, wants_mask=subset.alpha_mask
-        )
+        return read(self.latent_entry(record, record.latents_path), is_flipped=is_flipped)
 
     def _from_image(
         self, record: ImageRecord, subset: SubsetConfig, rng: random.Random, *, is_flipped: bool

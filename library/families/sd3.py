@@ -113,6 +113,8 @@ class StableDiffusion3(AutoencoderFamily):
             )
         if self.t5_length < 1:
             problems.append(f"--t5xxl_max_token_length {self.t5_length}: it must be 1 or more.")
+        if self.options.dataset.dataset_class and self.options.sd3.enable_scaled_pos_embed:
+            problems.append("--enable_scaled_pos_embed needs resolutions, which --dataset_class does not name.")
         if self.options.dataset.weighted_captions:
             problems.append("--weighted_captions does not work with Stable Diffusion 3; leave it out.")
         count = self.options.full.num_last_block_to_freeze
