@@ -17,6 +17,7 @@ from PIL import Image
 from shapes import BACKGROUNDS, COLOURS, KNOWN_SHAPES, SIZE, combinations, write_pictures
 
 STAR_PICTURES, KNOWN_PICTURES, BATCH = 12, 108, 8
+EVERY_STAR = 18  # one picture for every colour on every background: transformers keep to the pairs that they saw
 MODEL = ROOT / "demo" / "model"
 
 
@@ -54,13 +55,28 @@ BASES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """Which script teaches which base the star.
+
+    `network`: the module of the network that the script trains; None: it trains the model itself. `stars`: how many
+    pictures. `known_subset`: further settings of the subset with what is known.
+    """
+
+    base: str
+    script: str
+    network: str | None = None
+    stars: int = STAR_PICTURES
+    known_subset: str = ""
+
+
 # --- cases -----------------------------------------------------------------------------------------------------
 def lora_sdxl(folder: Path, words: Sequence[str]) -> list[Measure]:
     """A LoRA on SDXL's U-Net, with cached text."""
     network = ("--network_module", "networks.lora", "--network_dim", "8", "--network_alpha", "8", "--network_args",
                "conv_dim=8", "conv_alpha=8", "--network_train_unet_only", "--learning_rate", "3e-3",
-               "--max_train_steps", "600")  # fmt: skip
-    return teach_star("sdxl", "sdxl_train_network", folder, [*network, *words], network="networks.lora")
+               "--max_train_steps", "800")  # fmt: skip
+    return teach_star(Lesson("sdxl", "sdxl_train_network", "networks.lora"), folder, [*network, *words])
 
 
 def lora_sd3(folder: Path, words: Sequence[str]) -> list[Measure]:
@@ -77,44 +93,44 @@ def transformer_lora(base: str, script: str, module: str, folder: Path, words: S
     """What the LoRAs of both transformers share."""
     network = ("--network_module", module, "--network_dim", "16", "--network_alpha", "16", "--network_train_unet_only",
                "--learning_rate", "4e-3", "--max_train_steps", "800")  # fmt: skip
-    return teach_star(base, script, folder, [*network, *words], network=module)
+    return teach_star(Lesson(base, script, module, EVERY_STAR), folder, [*network, *words])
 
 
 def dreambooth(folder: Path, words: Sequence[str]) -> list[Measure]:
     """DreamBooth on Stable Diffusion, U-Net and text encoder, with known pictures as regularisation images."""
     training = ("--learning_rate", "6e-4", "--max_train_steps", "400")
-    return teach_star("sd", "train_db", folder, [*training, *words], known_subset="is_reg = true")
+    return teach_star(Lesson("sd", "train_db", known_subset="is_reg = true"), folder, [*training, *words])
 
 
 def full_sdxl(folder: Path, words: Sequence[str]) -> list[Measure]:
     """Full training of SDXL's U-Net."""
-    return teach_star("sdxl", "sdxl_train", folder, ["--learning_rate", "6e-4", "--max_train_steps", "400", *words])
+    training = ("--learning_rate", "6e-4", "--max_train_steps", "400")
+    return teach_star(Lesson("sdxl", "sdxl_train"), folder, [*training, *words])
 
 
 def full_sd3(folder: Path, words: Sequence[str]) -> list[Measure]:
     """Full training of SD3's transformer."""
-    return teach_star("sd3", "sd3_train", folder, ["--learning_rate", "1e-3", "--max_train_steps", "800", *words])
+    training = ("--learning_rate", "1e-3", "--max_train_steps", "600")
+    return teach_star(Lesson("sd3", "sd3_train", stars=EVERY_STAR), folder, [*training, *words])
 
 
 def full_flux(folder: Path, words: Sequence[str]) -> list[Measure]:
     """Full training of FLUX.1's transformer."""
-    return teach_star("flux", "flux_train", folder, ["--learning_rate", "1.5e-3", "--max_train_steps", "1200", *words])
+    training = ("--learning_rate", "1e-3", "--max_train_steps", "900")
+    return teach_star(Lesson("flux", "flux_train", stars=EVERY_STAR), folder, [*training, *words])
 
 
 # --- training --------------------------------------------------------------------------------------------------
-def teach_star(
-    name: str, script: str, folder: Path, words: Sequence[str], *, network: str | None = None, known_subset: str = ""
-) -> list[Measure]:
-    """Train on a dozen stars and pictures of what is known; shares of pictures judged right before and after.
+def teach_star(lesson: Lesson, folder: Path, words: Sequence[str]) -> list[Measure]:
+    """Train on a few stars and pictures of what is known; shares of pictures judged right before and after.
 
-    `network`: the module of the network that the script trains; None: it trains the model itself. Words may override
-    the base's options, also where it is drawn.
+    Words may override the base's options, also where it is drawn.
     """
-    base = BASES[name]
-    write_star_data(folder, known_subset)
+    base, network = BASES[lesson.base], lesson.network
+    write_star_data(folder, lesson)
     files = base.options | {key: value for key, value in given(words).items() if key in base.options}
     run_script(
-        script, *as_words(files), "--dataset_config", folder / "dataset.toml", "--cache_latents", *base.training,
+        lesson.script, *as_words(files), "--dataset_config", folder / "dataset.toml", "--cache_latents", *base.training,
         "--max_data_loader_n_workers", "0", "--seed", "1", "--lr_scheduler", "cosine", "--save_model_as",
         "safetensors", "--save_precision", "fp16", "--output_dir", folder, "--output_name", "trained", *words,
     )  # fmt: skip
@@ -144,15 +160,15 @@ def given(words: Sequence[str]) -> dict[str, str]:
     return {name.removeprefix("--"): value for name, value in zip(words, words[1:], strict=False) if name[:2] == "--"}
 
 
-def write_star_data(folder: Path, known_subset: str) -> None:
-    """A dozen stars, nine times an epoch, and as many pictures of what is known; a dataset file for both."""
-    write_pictures(folder / "stars", "star", STAR_PICTURES)
+def write_star_data(folder: Path, lesson: Lesson) -> None:
+    """A few stars, repeated to be as many as the pictures of what is known; a dataset file for both."""
+    write_pictures(folder / "stars", "star", lesson.stars)
     write_pictures(folder / "known", "known", KNOWN_PICTURES, seed=77)
-    repeats = KNOWN_PICTURES // STAR_PICTURES
+    repeats = KNOWN_PICTURES // lesson.stars
     (folder / "dataset.toml").write_text(
         f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = {SIZE}\nbatch_size = {BATCH}\n'
         f"[[datasets.subsets]]\nimage_dir = {str(folder / 'stars')!r}\nnum_repeats = {repeats}\n"
-        f"[[datasets.subsets]]\nimage_dir = {str(folder / 'known')!r}\n{known_subset}\n",
+        f"[[datasets.subsets]]\nimage_dir = {str(folder / 'known')!r}\n{lesson.known_subset}\n",
         encoding="utf-8",
     )
 

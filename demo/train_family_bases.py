@@ -58,7 +58,7 @@ class Base:
 
 BASES = {
     "sdxl": Base("library.families.sdxl:StableDiffusionXL", "sdxl_base.toml", "shapes_sdxl.safetensors", 3.0),
-    "sd3": Base("library.families.sd3:StableDiffusion3", "sd3_base.toml", "shapes_sd3.safetensors", 2.0),
+    "sd3": Base("library.families.sd3:StableDiffusion3", "sd3_base.toml", "shapes_sd3.safetensors", 3.0),
     "flux": Base("library.families.flux:Flux", "flux_base.toml", "shapes_flux.safetensors", 3.0),
 }
 
