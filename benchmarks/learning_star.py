@@ -81,19 +81,20 @@ def lora_sdxl(folder: Path, words: Sequence[str]) -> list[Measure]:
 
 def lora_sd3(folder: Path, words: Sequence[str]) -> list[Measure]:
     """A LoRA on SD3's transformer, with cached text."""
-    return transformer_lora("sd3", "sd3_train_network", "networks.lora_sd3", folder, words)
+    lesson = Lesson("sd3", "sd3_train_network", "networks.lora_sd3", EVERY_STAR)
+    return teach_star(lesson, folder, [*lora_words("networks.lora_sd3"), "--max_train_steps", "1000", *words])
 
 
 def lora_flux(folder: Path, words: Sequence[str]) -> list[Measure]:
     """A LoRA on FLUX.1's transformer, with cached text."""
-    return transformer_lora("flux", "flux_train_network", "networks.lora_flux", folder, words)
+    lesson = Lesson("flux", "flux_train_network", "networks.lora_flux", EVERY_STAR)
+    return teach_star(lesson, folder, [*lora_words("networks.lora_flux"), "--max_train_steps", "1200", *words])
 
 
-def transformer_lora(base: str, script: str, module: str, folder: Path, words: Sequence[str]) -> list[Measure]:
+def lora_words(module: str) -> tuple[str, ...]:
     """What the LoRAs of both transformers share."""
-    network = ("--network_module", module, "--network_dim", "16", "--network_alpha", "16", "--network_train_unet_only",
-               "--learning_rate", "4e-3", "--max_train_steps", "800")  # fmt: skip
-    return teach_star(Lesson(base, script, module, EVERY_STAR), folder, [*network, *words])
+    return ("--network_module", module, "--network_dim", "16", "--network_alpha", "16", "--network_train_unet_only",
+            "--learning_rate", "4e-3")  # fmt: skip
 
 
 def dreambooth(folder: Path, words: Sequence[str]) -> list[Measure]:
@@ -104,7 +105,7 @@ def dreambooth(folder: Path, words: Sequence[str]) -> list[Measure]:
 
 def full_sdxl(folder: Path, words: Sequence[str]) -> list[Measure]:
     """Full training of SDXL's U-Net."""
-    training = ("--learning_rate", "6e-4", "--max_train_steps", "400")
+    training = ("--learning_rate", "6e-4", "--max_train_steps", "550")
     return teach_star(Lesson("sdxl", "sdxl_train"), folder, [*training, *words])
 
 

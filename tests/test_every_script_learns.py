@@ -141,7 +141,6 @@ def change_of_loss(script: str, rate: str, steps: int, data: Path, output: Path,
         )),
     )  # fmt: skip
     before, after = losses
-    print("CHANGE", script, rate, steps, after / before)
     return after / before
 
 
