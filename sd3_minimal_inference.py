@@ -1,8 +1,7 @@
 """Draw an image with a Stable Diffusion 3 or 3.5 model: the shortest way.
 
     python sd3_minimal_inference.py --ckpt_path sd3.5_medium.safetensors --clip_l clip_l.safetensors \
-        --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors --prompt "a cat on a mat" --seed 1 --bf16 \
-        --output_dir images --lora_weights "my_lora.safetensors;0.8"
+        --clip_g clip_g.safetensors --t5xxl t5xxl.safetensors --prompt "a cat on a mat" --seed 1 --bf16
 """
 
 from __future__ import annotations

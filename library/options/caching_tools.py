@@ -22,7 +22,8 @@ from library.options.flux import FluxOptions
 from library.options.memory import MemoryOptions
 from library.options.model import ModelOptions
 from library.options.optimizer import OptimizerOptions
-from library.options.script import TRAINING_GROUPS, ScriptOptions, all_but
+from library.options.script import TRAINING_GROUPS, all_but
+from library.options.script_options import ScriptOptions
 
 _NO_LOSS = frozenset({"min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"})
 _LACKS = (

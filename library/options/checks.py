@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.options import Options
 from library.options.record import OptionRecord
-
-if TYPE_CHECKING:
-    from library.options.script import ScriptOptions
-
-Check = Callable[[Any], Iterable[str]]  # options -> one sentence for each thing to say
+from library.options.script_options import Check, ScriptOptions
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")

@@ -9,7 +9,7 @@ from typing import Any
 
 from library.options.checks import Checked, is_missing_model, is_missing_module, out_of_range
 from library.options.generation import GenerationOptions
-from library.options.script import ScriptOptions
+from library.options.script_options import ScriptOptions
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SIZE_MULTIPLE = 8
