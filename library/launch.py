@@ -24,7 +24,7 @@ from library.options.checks import published_by_wandb
 from library.options.declare import OptionSpec, specs_of
 from library.options.errors import UserError
 from library.options.not_yet import unsupported
-from library.options.script import ScriptOptions
+from library.options.script_options import ScriptOptions
 from library.options.toml_file import ConfigFile, config_path, nearest, read_config, write_config
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from PIL import Image
 from library import launch
 from library.checkpoints.tensors import open_tensors
 from library.options.full import FullTrainingOptions
-from library.options.script import NETWORK_TRAINING, TRAINING_GROUPS, ScriptOptions
+from library.options.script import NETWORK_TRAINING, TRAINING_GROUPS
+from library.options.script_options import ScriptOptions
 from tests import fifth_family
 from tests.conftest import ROOT
 from tests.training import clean_process

@@ -14,7 +14,8 @@ from library.options.declare import specs_of, whole_or_fraction
 from library.options.generation import GenerationOptions
 from library.options.not_yet import GENERATION_NOT_YET, NOT_YET, unsupported
 from library.options.record import OptionRecord
-from library.options.script import NETWORK_TRAINING, ScriptOptions
+from library.options.script import NETWORK_TRAINING
+from library.options.script_options import ScriptOptions
 
 DATA = Path(__file__).parent / "data"
 

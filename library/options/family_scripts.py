@@ -22,9 +22,9 @@ from library.options.script import (
     OF_REGULARISATION,
     SMALL_FILES,
     TRAINING_GROUPS,
-    ScriptOptions,
     all_but,
 )
+from library.options.script_options import ScriptOptions
 from library.options.sd3 import Sd3Options
 
 OLD_NAME = frozenset({"skip_latents_validity_check"})
