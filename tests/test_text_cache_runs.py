@@ -170,7 +170,7 @@ def test_conditioning_from_a_file_is_the_live_one(
         rows = {name: array[row] for name, array in outputs.items()}
         write(entry, spec, rows)
         assert check(entry, spec, rows) == (State.VALID, "")
-        stored.append(read(entry.path, spec))
+        stored.append(read(entry, spec))
     batch = {name: torch.stack([arrays[name] for arrays in stored]) for name in spec.arrays}
     assert all(array.dtype == torch.float32 for array in batch.values())
     family.release_text_encoders(family.cached_text_encoders(trained))
