@@ -28,6 +28,8 @@ from library.data.records import Batch, LatentSpec, TextCacheSpec
 from library.data.text_cache import TextCacheOptions, cache_text_outputs, remake_text_outputs
 from tests.picture_folder import dataset_config, group_of, records_of
 
+pytestmark = pytest.mark.slow  # long in all; `--quick` leaves it out
+
 MUTATIONS_PER_KIND = 105
 SIZES = ((64, 64), (64, 64), (128, 64), (70, 130))
 

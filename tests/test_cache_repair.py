@@ -18,6 +18,8 @@ from tests.golden import FOLDER
 from tests.picture_folder import save_pictures
 from tests.training import TOKENIZERS, run_script, write_config
 
+pytestmark = pytest.mark.slow  # trains often; `--quick` leaves it out
+
 MODELS = FOLDER / "models"
 SDXL: list[str | Path] = ["--pretrained_model_name_or_path", MODELS / "sdxl_tiny.safetensors"]
 

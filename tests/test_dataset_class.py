@@ -25,6 +25,8 @@ from library.train_util import MinimalDataset
 from tests.flux_tiny import train_flux
 from tests.training import train
 
+pytestmark = pytest.mark.slow  # trains often; `--quick` leaves it out
+
 SPEC = LatentSpec(channels=4, downsample=8, bucket_step=64, scale=1.0, shift=0.0, cache_suffix="_sd.npz")
 THIRD_PARTY = """
     import torch

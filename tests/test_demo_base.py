@@ -71,6 +71,7 @@ def test_latents_are_normalised_without_changing_pictures() -> None:
     assert (variance - 1).abs().max() < 0.05
 
 
+@pytest.mark.slow
 def test_the_norm_used_for_training_equals_pytorchs() -> None:
     torch.manual_seed(0)
     plain, fast = torch.nn.GroupNorm(8, 16), torch.nn.Sequential(torch.nn.GroupNorm(8, 16))

@@ -19,7 +19,7 @@ from tests.golden import FOLDER
 from tests.test_cli_parity import TRAINING
 from tests.training import MODEL, TOKENIZERS, run_script
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 SIZE = 64
 WORD = "mychar"

@@ -29,6 +29,7 @@ def test_a_base_with_all_its_parts_is_at_most_6_megabytes(name: str) -> None:
     assert family_models.megabytes(*(MODEL / f"{file}.safetensors" for file in FILES[name])) <= 6.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_base_draws_what_the_prompt_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(DEMO.parent)  # the paths in the training options begin there

@@ -22,6 +22,8 @@ from library.models.flux import FluxParams, FluxResiduals
 from tests.flux_tiny import TRANSFORMER, flux_family, flux_options, train_flux
 from tests.hints import attached, frozen, hint_batch, predictions, random_weights_, train_on_one_batch, write_pairs
 
+pytestmark = pytest.mark.slow  # trains often; `--quick` leaves it out
+
 
 def make_method(**changes: Any) -> ControlNetTraining:
     """Ready for steps on the tiny model."""

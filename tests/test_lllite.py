@@ -199,6 +199,7 @@ def weights(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
+@pytest.mark.slow
 def test_the_script_trains_draws_and_resumes_exactly(tmp_path):
     pairs = write_pairs(tmp_path)
     prompts = tmp_path / "prompts.txt"

@@ -23,6 +23,8 @@ from tests.golden import FOLDER
 from tests.picture_folder import save_pictures
 from tests.training import TOKENIZERS, run_script, write_config
 
+pytestmark = pytest.mark.slow  # trains often; `--quick` leaves it out
+
 MODELS = FOLDER / "models"
 ENCODERS = {"--clip_l": MODELS / "clip_l_tiny.safetensors", "--t5xxl": MODELS / "t5xxl_tiny.safetensors"}
 FAMILIES = {

@@ -53,6 +53,7 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(augmentation, photos,
     assert_equal_files(straight, resumed)
 
 
+@pytest.mark.slow
 def test_latents_cached_on_disk_in_memory_and_not_at_all_train_alike(photos, tmp_path, capfd):
     config = write_config(tmp_path, photos)
     common = ["--dataset_config", config, "--max_train_epochs", "2", "--save_every_n_epochs", "1"]
@@ -118,6 +119,7 @@ def test_plain_folders_with_class_tokens_and_regularisation_images(photos, tmp_p
     assert (saved["ss_resolution"], saved["ss_num_reg_images"]) == ("(128, 128)", "4")
 
 
+@pytest.mark.slow
 def test_sample_images_are_drawn_and_do_not_change_the_training(photos, tmp_path):
     config = write_config(tmp_path, photos)
     prompts = tmp_path / "prompts.txt"

@@ -25,7 +25,7 @@ from library.options.errors import UserError
 #: what reading a damaged file may raise besides OSError
 DAMAGED = (
     ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, TypeError, SyntaxError, struct.error,
-    OverflowError, MemoryError,
+    OverflowError, MemoryError, SystemError,  # the last one from Python's own parser, for a header that is nonsense
 )  # fmt: skip
 
 
