@@ -35,7 +35,7 @@ def lllite(folder: Path, words: Sequence[str]) -> list[Measure]:
         "sdxl_train_control_net_lllite", folder,
         ["--pretrained_model_name_or_path", ROOT / "demo" / "model" / "shapes_sdxl.safetensors",
          "--tokenizer_cache_dir", ROOT / "demo" / "model" / "tokenizers", "--cache_text_encoder_outputs",
-         "--cond_emb_dim", "128", "--network_dim", "256", "--learning_rate", "4e-4", "--max_train_steps", "8000",
+         "--cond_emb_dim", "128", "--network_dim", "256", "--learning_rate", "4e-4", "--max_train_steps", "12000",
          *words],
     )  # fmt: skip
 
