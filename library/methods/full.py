@@ -38,8 +38,8 @@ class FullTraining(TrainingMethod):
 
     # --- before anything is loaded -------------------------------------------------------------------------
     def check_options(self) -> list[str]:
-        """Something is trained, in a dtype that can be trained, and swapped blocks are stepped where they are."""
-        device, memory, problems = self.options.device, self.options.memory, []
+        """Something is trained, in a dtype that can be trained, and saved in a form that there is."""
+        device, problems = self.options.device, []
         chosen = self.options.saving.save_model_as
         if chosen is not None and chosen not in self.family.layouts:
             problems.append(f"--save_model_as {chosen}: choose one of {', '.join(self.family.layouts)}.")
@@ -52,13 +52,6 @@ class FullTraining(TrainingMethod):
             problems.append(
                 "--mixed_precision fp16 needs --full_fp16 when this kind of model is trained as a whole: its weights "
                 "are kept in fp16. bf16 is the better choice."
-            )
-        if memory.blocks_to_swap and not (
-            self.options.optimizer.fused_backward_pass or memory.blockwise_fused_optimizers
-        ):
-            problems.append(
-                "--blocks_to_swap needs --fused_backward_pass or --blockwise_fused_optimizers when the whole model is "
-                "trained: after the backward pass some weights are in main memory and their gradients are not."
             )
         return problems
 
