@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from library import launch
+from library import launch, script_api
 from library.options.family_scripts import SD3_NETWORK_TRAINING
 
 SCRIPT = launch.Script(
@@ -24,6 +24,12 @@ SCRIPT = launch.Script(
 def setup_parser() -> argparse.ArgumentParser:
     """The parser of this script, for programs that read or wrap its options."""
     return launch.build_parser(SCRIPT)
+
+
+class Sd3NetworkTrainer(script_api.Trainer):
+    """This script for other programs: `Sd3NetworkTrainer().train(args)`."""
+
+    script = SCRIPT
 
 
 def main() -> None:

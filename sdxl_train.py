@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from library import launch
+from library import launch, script_api
 from library.options.family_scripts import SDXL_FULL_TRAINING
 
 SCRIPT = launch.Script(
@@ -23,6 +23,11 @@ SCRIPT = launch.Script(
 def setup_parser() -> argparse.ArgumentParser:
     """The parser of this script, for programs that read or wrap its options."""
     return launch.build_parser(SCRIPT)
+
+
+def train(args: argparse.Namespace) -> None:
+    """This script for other programs, with arguments that its parser has read."""
+    script_api.train(SCRIPT, args)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import logging
 
-from library import launch
+from library import launch, script_api
 from sdxl_train_control_net_lllite import SCRIPT as RENAMED
 
 SCRIPT = dataclasses.replace(RENAMED, name="sdxl_train_control_net_lllite_old.py")
@@ -19,6 +19,11 @@ SCRIPT = dataclasses.replace(RENAMED, name="sdxl_train_control_net_lllite_old.py
 def setup_parser() -> argparse.ArgumentParser:
     """The parser of this script, for programs that read or wrap its options."""
     return launch.build_parser(SCRIPT)
+
+
+def train(args: argparse.Namespace) -> None:
+    """This script for other programs, with arguments that its parser has read."""
+    script_api.train(SCRIPT, args)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from library import launch
+from library import launch, script_api
 from library.config_schema import SupportedKinds
 from library.options.family_scripts import SDXL_EMBEDDING_TRAINING
 
@@ -27,6 +27,12 @@ SCRIPT = launch.Script(
 def setup_parser() -> argparse.ArgumentParser:
     """The parser of this script, for programs that read or wrap its options."""
     return launch.build_parser(SCRIPT)
+
+
+class SdxlTextualInversionTrainer(script_api.Trainer):
+    """This script for other programs: `SdxlTextualInversionTrainer().train(args)`."""
+
+    script = SCRIPT
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import logging
 
-from library import launch
+from library import launch, script_api
 from train_control_net import SCRIPT as RENAMED
 
 SCRIPT = dataclasses.replace(RENAMED, name="train_controlnet.py")
@@ -19,6 +19,11 @@ SCRIPT = dataclasses.replace(RENAMED, name="train_controlnet.py")
 def setup_parser() -> argparse.ArgumentParser:
     """The parser of this script, for programs that read or wrap its options."""
     return launch.build_parser(SCRIPT)
+
+
+def train(args: argparse.Namespace) -> None:
+    """This script for other programs, with arguments that its parser has read."""
+    script_api.train(SCRIPT, args)
 
 
 def main() -> None:

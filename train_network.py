@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from library import launch
+from library import launch, script_api
 from library.options.script import NETWORK_TRAINING
 
 SCRIPT = launch.Script(
@@ -23,6 +23,12 @@ SCRIPT = launch.Script(
 def setup_parser() -> argparse.ArgumentParser:
     """The parser of this script, for programs that read or wrap its options."""
     return launch.build_parser(SCRIPT)
+
+
+class NetworkTrainer(script_api.Trainer):
+    """This script for other programs: `NetworkTrainer().train(args)`."""
+
+    script = SCRIPT
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from library import launch
+from library import launch, script_api
 from library.config_schema import SupportedKinds
 from library.options.script import EMBEDDING_TRAINING
 
@@ -26,6 +26,12 @@ SCRIPT = launch.Script(
 def setup_parser() -> argparse.ArgumentParser:
     """The parser of this script, for programs that read or wrap its options."""
     return launch.build_parser(SCRIPT)
+
+
+class TextualInversionTrainer(script_api.Trainer):
+    """This script for other programs: `TextualInversionTrainer().train(args)`."""
+
+    script = SCRIPT
 
 
 def main() -> None:

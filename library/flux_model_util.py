@@ -185,15 +185,20 @@ def load_model(spec: FluxLoadSpec) -> FluxModules:
 
 
 def _load_autoencoder(spec: FluxLoadSpec, location: Path, whole: LazyTensors | None) -> Any:
-    arguments: dict[str, Any] = {
-        "dtype": spec.vae_dtype, "device": spec.device, "latent_channels": LATENT_CHANNELS, "config": _AE_SETTINGS
-    }  # fmt: skip
     if spec.vae or whole is None:
-        return load_vae(spec.vae or location, option="--ae" if spec.vae else spec.option, **arguments)
+        option = "--ae" if spec.vae else spec.option
+        return load_autoencoder(spec.vae or location, dtype=spec.vae_dtype, device=spec.device, option=option)
     part = layout_flux.autoencoder_tensors(whole)
     if not part:
         raise ValueError(f"{spec.option} {spec.path} holds no autoencoder: name its file with --ae.")
-    return build_vae(part, **arguments)
+    return build_vae(
+        part, dtype=spec.vae_dtype, device=spec.device, latent_channels=LATENT_CHANNELS, config=_AE_SETTINGS
+    )
+
+
+def load_autoencoder(path: str | Path, *, dtype: torch.dtype | None, device: torch.device | str, option: str) -> Any:
+    """The autoencoder of a file or folder, which `option` names."""
+    return load_vae(path, dtype, device=device, latent_channels=LATENT_CHANNELS, config=_AE_SETTINGS, option=option)
 
 
 # --- saving ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +62,14 @@ class CommandLine:
 
 # --- parser --------------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake as UserError instead of printing all of the usage."""
+    """Reports a mistake as UserError instead of printing all of the usage; `words` are those that it read last."""
+
+    words: Sequence[str] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; the words are kept for `read_config_from_file`, which reads them once more."""
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}.")
@@ -85,9 +92,15 @@ def _make_parser(script: Script, *, is_checked: bool) -> Parser:
     specs = script.options.specs()
     for group in script.options.groups:
         section = parser.add_argument_group(titles[group])
-        for spec in (specs[item.name] for item in specs_of(group) if item.name in specs):
-            section.add_argument(*spec.flags, **argument(spec, is_checked=is_checked))
+        in_group = (specs[item.name] for item in specs_of(group) if item.name in specs)
+        add_options(section, in_group, is_checked=is_checked)
     return parser
+
+
+def add_options(parser: Any, specs: Iterable[OptionSpec], *, is_checked: bool = True) -> None:
+    """Add options to an argparse parser or one of its groups."""
+    for spec in specs:
+        parser.add_argument(*spec.flags, **argument(spec, is_checked=is_checked))
 
 
 def argument(spec: OptionSpec, *, is_checked: bool) -> dict[str, Any]:
@@ -142,10 +155,35 @@ def read_command_line(script: Script, argv: Sequence[str]) -> CommandLine:
     raw |= given
     if raw.get("config_file"):
         raw["config_file"] = str(config_path(raw["config_file"]).with_suffix(""))
-    values = {name: spec.final(raw[name]) for name, spec in specs.items()}
+    return CommandLine(_record(script, raw), raw, tuple(problems), tuple(warnings), tuple(remarks))
+
+
+def _record(script: Script, raw: Mapping[str, Any]) -> Any:
+    """The script's typed options from values as they stand in a TOML file."""
+    values = {name: spec.final(raw[name]) for name, spec in script.options.specs().items()}
     record: Any = script.options.record().with_values(**values)
-    options = replace(record, script_defaults=script.options.defaults())
-    return CommandLine(options, raw, tuple(problems), tuple(warnings), tuple(remarks))
+    return replace(record, script_defaults=script.options.defaults())
+
+
+def from_namespace(script: Script, args: argparse.Namespace) -> CommandLine:
+    """What another program has read with the script's parser, and may have changed since.
+
+    None is an option that was not given. Attributes that are no options of the script are that program's own.
+    """
+    raw = {name: spec.default for name, spec in script.options.specs().items()}
+    problems = []
+    for name, spec in script.options.specs().items():
+        value = getattr(args, name, None)
+        if value is None or value == spec.default:
+            continue
+        try:
+            read = spec.read_value(value)
+            spec.check_choice(read)
+            spec.final(read)
+            raw[name] = read
+        except ValueError as error:
+            problems.append(f"--{name}: {error}.")
+    return CommandLine(_record(script, raw), raw, tuple(problems))
 
 
 def _read_file(path: Path, specs: Mapping[str, OptionSpec], problems: Sequence[str]) -> ConfigFile:
@@ -273,17 +311,22 @@ def _main(script: Script, argv: Sequence[str]) -> None:
     command_line = read_command_line(script, argv)
     if command_line.raw.get("output_config"):
         _write_options(script, command_line)
-        return
+    else:
+        run(script, command_line)
+
+
+def run(script: Script, command_line: CommandLine) -> None:
+    """Check what a command line says and do it. Raises UserError that lists everything that is wrong."""
     command_line = check(script, command_line)
     logs.set_up(command_line.options.console)
     for text in command_line.warnings:
         logger.warning("%s", text)
     for text in command_line.remarks:
         logger.info("%s", text)
-    run, *parts = (resolve(path) for path in (script.run, script.family, script.method) if path)
+    start, *parts = (resolve(path) for path in (script.run, script.family, script.method) if path)
     if script.data is not None:
         parts.append(data_kinds(script.data, command_line.options))
-    run(command_line.options, *parts)
+    start(command_line.options, *parts)
 
 
 def _write_options(script: Script, command_line: CommandLine) -> None:

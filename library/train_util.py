@@ -22,6 +22,8 @@ from library.families.base import ModelFamily
 from library.memory.fused_step import FusedBackward, FusedOptimizers, FusedStep, pieces_by_block, pieces_by_count
 from library.methods.base import ParameterGroup, TrainingMethod
 from library.optimizers import CreatedOptimizer, create_optimizer
+from library.options.namespaces import read_config_from_file as read_config_from_file
+from library.options.namespaces import verify_command_line_training_args as verify_command_line_training_args
 from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
 
 if TYPE_CHECKING:

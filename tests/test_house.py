@@ -21,16 +21,17 @@ ROOMS = (
     "options devices logs schedulers noise losses checkpoints hashes sampling_spec bootstrap",
     "models text data memory networks config_util config_schema config_sources config_validation",
     "objectives families model_files encoder_files model_util sdxl_model_util sd3_model_util "
-    "flux_model_util",
+    "flux_model_util flux_utils",
     "methods generation optimizers optimizer_state lr_schedulers metadata model_spec train_util training_state hub "
     "progress saving",
-    "caching caching_tools bucket_preparation training_loop launch tool_launch",
+    "caching caching_tools bucket_preparation training_loop launch tool_launch script_api sdxl_train_util "
+    "sd3_train_utils flux_train_utils huggingface_util",
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 #: where families may be named
 FAMILY_PLACES = re.compile(
     r"library/(families/|models/|checkpoints/|options/(__init__|caching_tools|family_choice|family_scripts|flow|flux|minimal_inference|sd3)\b|metadata"
-    r"|model_spec|\w*model_util)|networks/"
+    r"|model_spec|\w*model_util|flux_utils|\w+_train_utils?)|networks/"
 )
 FAMILY_WORDS = {"sd", "sd1", "sd15", "sd2", "sd21", "sd3", "sd35", "sdxl", "flux", "stablediffusion"}
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "cv2", "PIL", "safetensors", "bitsandbytes")
