@@ -2,6 +2,8 @@
 
     python run_tests.py             everything
     python run_tests.py --quick     without the slow ones; further words go to pytest
+
+As many tests run at a time as there are processor cores, four at most; `-n 0` runs them one after the other.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import sys
 from library import bootstrap
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+#: by files, because the tests of a file share what they train; words of the user come later and win
+PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 
 
 def main() -> int:
@@ -21,7 +25,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="leave out tests that are marked slow")
     parser.add_argument("--cpu", action="store_true", help="install a torch without CUDA")
     arguments, rest = parser.parse_known_args()
-    command = ["-m", "pytest", *(["-m", "not slow"] if arguments.quick else []), *rest]
+    command = ["-m", "pytest", *PARALLEL, *(["-m", "not slow"] if arguments.quick else []), *rest]
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     requirements = ["requirements.txt", "requirements-test.txt"]
     return bootstrap.start("run_tests.py", requirements, command, cpu=arguments.cpu, environment=environment)
