@@ -167,9 +167,14 @@ def _given(script: Script, argv: Sequence[str]) -> tuple[dict[str, Any], list[st
     for name, value in vars(namespace).items():
         if value is missing:
             continue
+        if specs[name].means_nothing(value):
+            given[name] = specs[name].default
+            continue
         try:
-            if not specs[name].is_flag:
-                value = [specs[name].read(word) for word in value] if specs[name].nargs else specs[name].read(value)
+            if specs[name].nargs is not None:
+                value = [specs[name].read(word) for word in value if word.strip()]
+            elif not specs[name].is_flag:
+                value = specs[name].read(value)
             specs[name].check_choice(value)
             specs[name].final(value)
             given[name] = value

@@ -236,7 +236,7 @@ def test_unknown_keys_warn_once_together(arguments: list[str], capsys: pytest.Ca
 
 def test_bad_values_of_a_file_name_file_and_key(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     Path("c.toml").write_text(
-        'loss_type = "l3"\nseed = 1.5\ncache_latents = 1\nresolution = [1, 2, 3]\nnetwork_dim = [4]\n'
+        'loss_type = "l3"\nseed = 1.5\ncache_latents = 2\nresolution = [1, 2, 3]\nnetwork_dim = [4]\n'
         "learning_rate = true\n",
         "utf-8",
     )

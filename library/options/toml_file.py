@@ -38,7 +38,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def read_config(path: Path, specs: Mapping[str, OptionSpec]) -> ConfigFile:
-    """The options in a TOML file. Tables are flattened by one level; their names mean nothing.
+    """The options in a TOML file. Tables are flattened; their names mean nothing.
 
     Raises UserError if the file is missing or is no TOML. Unknown keys give one warning, bad values one problem each.
     """
@@ -51,9 +51,11 @@ def read_config(path: Path, specs: Mapping[str, OptionSpec]) -> ConfigFile:
     values: dict[str, Any] = {}
     problems: list[str] = []
     unknown: list[str] = []
-    for key, value in _flattened(content):
+    for key, value in _flattened(content, specs):
         if key not in specs:
             unknown.append(key)
+            continue
+        if specs[key].means_nothing(value):
             continue
         try:
             values[key] = specs[key].read_value(value)
@@ -63,10 +65,10 @@ def read_config(path: Path, specs: Mapping[str, OptionSpec]) -> ConfigFile:
     return ConfigFile(values, tuple(problems), _unknown_keys_warning(path, unknown, specs))
 
 
-def _flattened(content: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+def _flattened(content: Mapping[str, Any], specs: Mapping[str, OptionSpec]) -> Iterable[tuple[str, Any]]:
     for key, value in content.items():
-        if isinstance(value, dict):
-            yield from value.items()
+        if isinstance(value, dict) and key not in specs:
+            yield from _flattened(value, specs)
         else:
             yield key, value
 
