@@ -40,6 +40,7 @@ __all__ = [
     "SupportedKinds",
     "describe",
     "load_data_config",
+    "unsupported_data",
 ]
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,18 @@ def load_data_config(
     for dataset in datasets:
         _warn(dataset)
     return DataConfig(tuple(_align_bucket_range(dataset) for dataset in datasets), source, from_file=bool(path))
+
+
+def unsupported_data(config: DataConfig) -> list[str]:
+    """One sentence if subsets ask for what does not work yet."""
+    asking = [subset for dataset in config.datasets for subset in dataset.subsets if subset.validation_split > 0]
+    if not asking:
+        return []
+    more = f" (and {len(asking) - 1} more)" if len(asking) > 1 else ""
+    return [
+        f"{asking[0].location}{more}: validation_split = {asking[0].validation_split:g}: validation is not supported "
+        "yet, and these images would not be trained; leave the key out."
+    ]
 
 
 def describe(config: DataConfig, records: Sequence[Sequence[ImageRecord]]) -> str:

@@ -19,13 +19,14 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from library import logs
-from library.config_util import ConfigError, SupportedKinds, load_data_config
+from library.config_util import ConfigError, SupportedKinds, load_data_config, unsupported_data
 from library.options.checks import published_by_wandb
 from library.options.declare import OptionSpec, specs_of
 from library.options.errors import UserError
 from library.options.not_yet import unsupported
 from library.options.script_options import ScriptOptions
-from library.options.toml_file import ConfigFile, config_path, nearest, read_config, write_config
+from library.options.suggestions import meaning
+from library.options.toml_file import ConfigFile, config_path, read_config, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def read_command_line(script: Script, argv: Sequence[str]) -> CommandLine:
     warnings = list(secrets)
     raw = {name: spec.default for name, spec in specs.items()}
     if given.get("config_file") and not given.get("output_config"):
-        file = _read_file(config_path(given["config_file"]), specs, problems)
+        file = _read_file(config_path(given["config_file"]), specs, script.name, problems)
         raw |= file.values
         problems += file.problems
         warnings += file.warnings
@@ -186,12 +187,13 @@ def from_namespace(script: Script, args: argparse.Namespace) -> CommandLine:
     return CommandLine(_record(script, raw), raw, tuple(problems))
 
 
-def _read_file(path: Path, specs: Mapping[str, OptionSpec], problems: Sequence[str]) -> ConfigFile:
+def _read_file(path: Path, specs: Mapping[str, OptionSpec], script: str, problems: Sequence[str]) -> ConfigFile:
     """The file's options; a file cannot name another one. Without it too much is missing to look for more mistakes."""
     try:
-        return read_config(path, {name: specs[name] for name in specs if name not in ("config_file", "output_config")})
+        readable = {name: spec for name, spec in specs.items() if name not in ("config_file", "output_config")}
+        return read_config(path, readable, script)
     except UserError as error:
-        raise UserError([*problems, *error.problems]) from error
+        raise UserError([*problems, *error.problems], error.hints) from error
 
 
 def _given(script: Script, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -200,14 +202,19 @@ def _given(script: Script, argv: Sequence[str]) -> tuple[dict[str, Any], list[st
     missing = object()
     namespace = argparse.Namespace(**dict.fromkeys(specs, missing))
     namespace, rest = _make_parser(script, is_checked=False).parse_known_args(list(argv), namespace)
-    problems = unknown_words(rest, specs)
+    problems = unknown_words(rest, specs, script.name)
     given: dict[str, Any] = {}
     for name, value in vars(namespace).items():
         if value is missing:
             continue
+        if specs[name].means_nothing(value):
+            given[name] = specs[name].default
+            continue
         try:
-            if not specs[name].is_flag:
-                value = [specs[name].read(word) for word in value] if specs[name].nargs else specs[name].read(value)
+            if specs[name].nargs is not None:
+                value = [specs[name].read(word) for word in value if word.strip()]
+            elif not specs[name].is_flag:
+                value = specs[name].read(value)
             specs[name].check_choice(value)
             specs[name].final(value)
             given[name] = value
@@ -216,15 +223,16 @@ def _given(script: Script, argv: Sequence[str]) -> tuple[dict[str, Any], list[st
     return given, problems
 
 
-def unknown_words(words: Sequence[str], specs: Mapping[str, OptionSpec]) -> list[str]:
-    """One sentence for every word of a command line that is no option, with the nearest option if there is one."""
+def unknown_words(words: Sequence[str], specs: Mapping[str, OptionSpec], script: str) -> list[str]:
+    """One sentence for every word of a command line that is no option, with what may have been meant."""
     problems = []
     after_unknown = False
     for word in words:
         if word.startswith("--"):
             name = word.split("=")[0]
-            guess = nearest(name.lstrip("-"), specs)
-            problems.append(f"unknown option {name}" + (f"; did you mean --{guess}?" if guess else "."))
+            phrase = meaning(name.lstrip("-"), specs, script)
+            end = "" if phrase and phrase.endswith("?") else "."
+            problems.append(f"unknown option {name}{f'; {phrase}' if phrase else ''}{end}")
         elif not after_unknown:
             problems.append(f"unexpected word {word!r}; options begin with --.")
         after_unknown = word.startswith("--") or after_unknown
@@ -238,11 +246,14 @@ def check(script: Script, command_line: CommandLine) -> CommandLine:
     """
     checked = resolve(script.options.check)(command_line.options, script.options)
     problems = [*command_line.problems, *checked.problems]
-    problems += () if script.data is None else _data_problems(script.data, checked.options)
+    warnings = command_line.warnings + checked.warnings
+    hints: tuple[str, ...] = ()
+    if script.data is not None:
+        data_problems, hints = _data_problems(script.data, checked.options)
+        problems += data_problems
     problems += unsupported(command_line.options, script.options.not_yet)
     if problems:
-        raise UserError(list(dict.fromkeys(problems)))
-    warnings = command_line.warnings + checked.warnings
+        raise UserError(list(dict.fromkeys(problems)), hints=[*warnings, *hints])
     return replace(command_line, options=checked.options, warnings=warnings)
 
 
@@ -251,22 +262,20 @@ def data_kinds(kinds: SupportedKinds, options: Any) -> SupportedKinds:
     return replace(kinds, controlnet=kinds.controlnet or options.dataset.masked_loss)
 
 
-def _data_problems(kinds: SupportedKinds, options: Any) -> Sequence[str]:
-    """What is wrong with the dataset file or folders; the run reads them again and then gives the warnings."""
+def _data_problems(kinds: SupportedKinds, options: Any) -> tuple[Sequence[str], tuple[str, ...]]:
+    """(what is wrong with the dataset file or folders, warnings about them); the run reads and warns again."""
     if options.dataset.dataset_class:
-        return ()
-    kinds = data_kinds(kinds, options)
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        load_data_config(options.dataset, kinds, bucket_step=1)
-    except ConfigError as error:
-        return error.problems
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    finally:
-        logging.disable(level)
-    return ()
+        return (), ()
+    problems: Sequence[str] = ()
+    with logs.kept_warnings() as warnings:
+        try:
+            config = load_data_config(options.dataset, data_kinds(kinds, options), bucket_step=1)
+            problems = unsupported_data(config)
+        except ConfigError as error:
+            problems = error.problems
+        except (ValueError, OSError) as error:
+            problems = [str(error)]
+    return problems, tuple(warnings)
 
 
 def parse(script: Script, argv: Sequence[str]) -> Any:
@@ -288,7 +297,7 @@ def main(script: Script, argv: Sequence[str] | None = None) -> None:
 def exit_status(name: str) -> Iterator[None]:
     """What is done inside ends the process the way users of the script `name` expect.
 
-    A user's mistake prints one line per mistake and exits with status 2, an interrupt with 130, a termination
+    A user's mistake prints one line per mistake, then the warnings that may explain them, and exits with status 2, an interrupt with 130, a termination
     with 143; any other failure leaves as the exception that it is (status 1).
     """
     try:
@@ -304,6 +313,8 @@ def exit_status(name: str) -> Iterator[None]:
             traceback.print_exc()
         for line in _lines(error):
             print(f"{name}: error: {line}", file=sys.stderr)
+        for hint in error.hints if isinstance(error, UserError) else ():
+            print(f"{name}: warning: {hint}", file=sys.stderr)
         sys.exit(USER_ERROR)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from library.options.console import ConsoleOptions
 
@@ -42,6 +44,21 @@ def _make_handler(options: ConsoleOptions) -> logging.Handler:
     pattern = "%(message)s" if bare else "%(asctime)s %(levelname)-8s %(message)s"
     handler.setFormatter(logging.Formatter(pattern, datefmt="%Y-%m-%d %H:%M:%S"))
     return handler
+
+
+@contextmanager
+def kept_warnings() -> Iterator[list[str]]:
+    """The texts of the warnings that are given inside, which nobody sees."""
+    texts: list[str] = []
+    root = logging.getLogger()
+    keeper = logging.Handler()
+    keeper.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    keeper.setLevel(logging.WARNING)
+    handlers, root.handlers = root.handlers, [keeper]
+    try:
+        yield texts
+    finally:
+        root.handlers = handlers
 
 
 def warn_once(logger: logging.Logger, message: str) -> None:

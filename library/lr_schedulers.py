@@ -14,8 +14,9 @@ import torch
 from torch.optim import lr_scheduler as torch_schedules
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from library.optimizers import CreatedOptimizer, parse_key_values
+from library.optimizers import CreatedOptimizer
 from library.options.errors import UserError
+from library.options.key_values import read_literals
 
 if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
@@ -272,7 +273,7 @@ def create_lr_scheduler(
         _warn_ignored(options)
         return OptimizerOwnedRates(optimizer)
     warmup = _steps(options.lr_warmup_steps, num_training_steps)
-    arguments = parse_key_values(options.lr_scheduler_args, "--lr_scheduler_args")
+    arguments = read_literals(options.lr_scheduler_args, "--lr_scheduler_args")
     if options.lr_scheduler_type:
         return _by_path(options.lr_scheduler_type, optimizer, warmup, arguments)
     name = created.lr_scheduler

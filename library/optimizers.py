@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from library.optimizer_state import load_optimizer_state as load_optimizer_state
 from library.optimizer_state import optimizer_state_tensors as optimizer_state_tensors
 from library.options.errors import UserError
+from library.options.key_values import read_literals
 
 if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
@@ -266,34 +266,6 @@ def _unknown_name(name: str) -> str:
     )
 
 
-# --- arguments ---------------------------------------------------------------------------------------------
-_WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
-
-
-def parse_key_values(items: Iterable[str] | None, option: str) -> dict[str, Any]:
-    """`key=value` items as a dict; values are Python literals, or true, false, none in any case.
-
-    `betas=0.9,0.99` gives a tuple. Raises UserError that names `option` and the bad item.
-    """
-    arguments: dict[str, Any] = {}
-    for item in items or ():
-        key, separator, text = item.partition("=")
-        key, text = key.strip(), text.strip()
-        if not separator or not key.isidentifier():
-            raise UserError(f"{option}: {item!r} is not of the form key=value.")
-        if text.lower() in _WORDS:
-            arguments[key] = _WORDS[text.lower()]
-            continue
-        try:
-            arguments[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise UserError(
-                f"{option}: the value in {item!r} is not a number, true, false, none, a tuple such as (0.9,0.99) "
-                "or a quoted text such as 'text'."
-            ) from None
-    return arguments
-
-
 # --- creation ----------------------------------------------------------------------------------------------
 def create_optimizer(
     options: OptimizerOptions, parameters: Parameters, *, is_one_of_several: bool = False, is_silent: bool = False
@@ -309,7 +281,7 @@ def create_optimizer(
     request = _Request(
         parameters=[dict(item) if isinstance(item, Mapping) else item for item in parameters],
         learning_rate=options.learning_rate,
-        arguments=parse_key_values(options.optimizer_args, "--optimizer_args"),
+        arguments=read_literals(options.optimizer_args, "--optimizer_args"),
         options=options,
         lr_scheduler=options.lr_scheduler,
     )

@@ -28,6 +28,9 @@ REDACTED = frozenset(
 def print_banner(accelerator: Accelerator, options: Options, group: DatasetGroup, plan: StepPlan) -> None:
     """The counts of a run, as one block at its start."""
     batch_sizes = ", ".join(map(str, group.batch_sizes))
+    epochs = options.training.max_train_epochs
+    if epochs is not None:
+        accelerator.print(f"override steps. steps for {epochs} epochs is: {plan.max_steps}")
     accelerator.print(
         "running training\n"
         f"  num train images * repeats: {group.num_train_images}\n"
@@ -35,7 +38,7 @@ def print_banner(accelerator: Accelerator, options: Options, group: DatasetGroup
         f"  num batches per epoch: {plan.batches_per_epoch}\n"
         f"  num epochs: {plan.epochs}\n"
         f"  batch size per device: {batch_sizes}\n"
-        f"  gradient accumulation steps: {plan.accumulation}\n"
+        f"  gradient accumulation steps = {plan.accumulation}\n"
         f"  total optimization steps: {plan.max_steps}"
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from library.options import Options
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,19 @@ class Retention:
 def remove_saved(path: Path) -> None:
     """Delete a model file, a model folder or a state folder; a missing one is fine."""
     if path.is_dir():
-        logger.info("removing old folder: %s", path)
+        print(f"removing old {'state' if path.name.endswith('-state') else 'model'}: {path}", flush=True)
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
-        logger.info("removing old checkpoint: %s", path)
+        print(f"removing old checkpoint: {path}", flush=True)
         path.unlink(missing_ok=True)
+
+
+def saving_words(state: Path) -> str:
+    """What the console says about a state folder of `SaveNames` that is written; other programs read these lines."""
+    found = re.search(r"-(step)?(\d+)-state$", state.name)
+    if found is None:
+        return "saving last state"
+    return f"saving state at {found[1] or 'epoch'} {int(found[2])}"
 
 
 def replace_folder(scratch: Path, folder: Path) -> None:

@@ -45,7 +45,7 @@ def parse(tool: Tool, argv: Sequence[str]) -> Any:
     """The options of a command line. Raises UserError; `--help` prints and raises SystemExit(0)."""
     namespace, rest = build_parser(tool).parse_known_args(list(argv))
     specs = {spec.name: spec for spec in specs_of(tool.options)}
-    problems = unknown_words(rest, specs)
+    problems = unknown_words(rest, specs, tool.name)
     if problems:
         raise UserError(problems)
     return tool.options(**{name: spec.final(getattr(namespace, name)) for name, spec in specs.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +23,10 @@ from library.families.base import ModelFamily
 from library.memory.fused_step import FusedBackward, FusedOptimizers, FusedStep, pieces_by_block, pieces_by_count
 from library.methods.base import ParameterGroup, TrainingMethod
 from library.optimizers import CreatedOptimizer, create_optimizer
+from library.options.errors import UserError
 from library.options.namespaces import read_config_from_file as read_config_from_file
 from library.options.namespaces import verify_command_line_training_args as verify_command_line_training_args
+from library.saving import saving_words
 from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
 
 if TYPE_CHECKING:
@@ -62,7 +65,10 @@ class Precision:
 
 
 def make_accelerator(options: Options, started_at: float) -> Accelerator:
-    """The accelerator of a training run; logs go to `<logging_dir>/<log_prefix><time>`."""
+    """The accelerator of a training run; logs go to `<logging_dir>/<log_prefix><time>`.
+
+    The options decide, not what the launcher left in the environment. Raises UserError for fp16 on a CPU.
+    """
     import accelerate
 
     device, logs = options.device, options.logging
@@ -80,13 +86,24 @@ def make_accelerator(options: Options, started_at: float) -> Accelerator:
     if logs.logging_dir:
         stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(started_at))
         project = str(Path(logs.logging_dir) / f"{logs.log_prefix or ''}{stamp}")
-    accelerator = accelerate.Accelerator(
-        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
-        mixed_precision=device.mixed_precision or "no",
-        log_with=(logs.log_with or "tensorboard") if project else None,
-        project_dir=project,
-        kwargs_handlers=handlers,
-    )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("", "no"):
+        logger.warning("ACCELERATE_DYNAMO_BACKEND=%s is not used: compiling the model is not supported yet.", backend)
+    try:
+        accelerator = accelerate.Accelerator(
+            gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(
+                num_steps=options.training.gradient_accumulation_steps
+            ),
+            mixed_precision=device.mixed_precision or "no",
+            log_with=(logs.log_with or "tensorboard") if project else None,
+            project_dir=project,
+            kwargs_handlers=handlers,
+            dynamo_backend="no",
+        )
+    except ValueError as error:
+        if device.mixed_precision == "fp16" and accelerate.PartialState().device.type == "cpu":
+            raise UserError("--mixed_precision fp16 needs a GPU, and none is found here: use bf16 or no.") from error
+        raise
     if device.full_fp16 and accelerator.scaler is not None:
         _allow_unscaling_half_gradients(accelerator.scaler)
     return accelerator
@@ -370,7 +387,7 @@ class Run:
         progress = SavedProgress(self.position, self.seed, self.plan.batches_per_epoch, list(self.losses.losses))
         accelerator = self.accelerator
         if accelerator.is_main_process:
-            print(f"\nsaving state: {folder}", flush=True)
+            print(f"\n{saving_words(folder)}: {folder}", flush=True)
         save_state(
             folder, self._parts(), progress, rank=accelerator.process_index,
             is_main_process=accelerator.is_main_process, wait=accelerator.wait_for_everyone,
@@ -380,7 +397,7 @@ class Run:
         """Put back what `save_state` wrote; the last thing before the loop."""
         load_state(folder, self._parts(), progress, rank=self.accelerator.process_index)
         self.losses = LossRecorder(progress.recorded_losses)
-        logger.info("resumed from %s at step %d", folder, self.position.step)
+        logger.info("resume training from local state: %s (step %d)", folder, self.position.step)
 
 
 def resumed_progress(options: Options) -> SavedProgress | None:

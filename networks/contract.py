@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.options.key_values import read_texts
+
 logger = logging.getLogger(__name__)
 
 BUILT_IN = "networks.lora"
@@ -53,16 +55,8 @@ class NetworkRequest:
 
 
 def parse_network_args(items: Sequence[str] | None, option: str = "--network_args") -> dict[str, str]:
-    """`key=value` items as a dictionary, cut at the first `=`. Raises ValueError that names the item."""
-    arguments: dict[str, str] = {}
-    for item in items or []:
-        key, sign, value = str(item).partition("=")
-        if not sign or not key.strip():
-            raise ValueError(f"{option}: {item!r} is not of the form key=value.")
-        if key.strip() in arguments:
-            raise ValueError(f"{option}: {key.strip()} is given twice.")
-        arguments[key.strip()] = value
-    return arguments
+    """`key=value` items as a dictionary of texts. Raises ValueError that names the item."""
+    return read_texts(items, option)
 
 
 def training_arguments(request: NetworkRequest) -> dict[str, Any]:

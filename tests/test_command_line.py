@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import re
@@ -18,11 +19,17 @@ from typing import Any
 import pytest
 
 import train_network
-from library import launch, logs
+from library import launch, logs, tool_launch
 from library.config_util import SupportedKinds
-from library.options import Options
+from library.options import Options, make_options, non_default
 from library.options.console import ConsoleOptions
 from library.options.errors import UserError
+from library.options.family_scripts import SCRIPTS
+from library.options.generation import GenerationOptions
+from library.options.not_yet import GENERATION_NOT_YET, unsupported
+from networks import merge_lora
+from tests.test_cli_parity import SCRIPTS as ENTRY_SCRIPTS
+from tests.test_cli_parity import TRAINING
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = "tests.test_command_line"
@@ -236,7 +243,7 @@ def test_unknown_keys_warn_once_together(arguments: list[str], capsys: pytest.Ca
 
 def test_bad_values_of_a_file_name_file_and_key(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     Path("c.toml").write_text(
-        'loss_type = "l3"\nseed = 1.5\ncache_latents = 1\nresolution = [1, 2, 3]\nnetwork_dim = [4]\n'
+        'loss_type = "l3"\nseed = 1.5\ncache_latents = 2\nresolution = [1, 2, 3]\nnetwork_dim = [4]\n'
         "learning_rate = true\n",
         "utf-8",
     )
@@ -326,13 +333,14 @@ def run_script(*argv: str) -> tuple[subprocess.CompletedProcess[str], float]:
     return result, time.monotonic() - begin
 
 
-def test_missing_file_ends_quickly_with_status_2_and_one_line() -> None:
+def test_missing_file_ends_quickly_with_status_2_and_a_line_each() -> None:
     result, seconds = run_script(
         *"--pretrained_model_name_or_path absent.safetensors --train_data_dir tests --resolution 512".split(),
         *"--network_module networks.lora --output_dir out --dataset_config absent.toml".split(),
     )
     assert result.returncode == 2 and result.stdout == ""
-    assert len(result.stderr.splitlines()) == 2 and "Traceback" not in result.stderr
+    assert [line.split(": ")[1] for line in result.stderr.splitlines()] == ["error", "error", "warning"]
+    assert "Traceback" not in result.stderr
     assert seconds < 2
 
 
@@ -342,3 +350,151 @@ def test_setup_parser_is_an_ordinary_parser() -> None:
     assert namespace.seed == 3 and namespace.max_train_steps == 1600
     with pytest.raises(UserError, match="invalid choice: 'l3'"):
         parser.parse_args(["--loss_type", "l3"])
+
+
+# --- what unknown names may mean -----------------------------------------------------------------------------
+def test_the_table_of_scripts_has_every_script_with_its_own_options() -> None:
+    assert set(SCRIPTS) <= {f"{name}.py" for name in TRAINING} | set(ENTRY_SCRIPTS) | {"sd3_minimal_inference.py"}
+    old_names = {"train_controlnet.py", "sdxl_train_control_net_lllite_old.py"}
+    assert {f"{name}.py" for name in TRAINING} | set(ENTRY_SCRIPTS) <= set(SCRIPTS) | old_names
+    for name, row in SCRIPTS.items():
+        module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+        if hasattr(module, "SCRIPT"):
+            assert module.SCRIPT.name == name
+            assert module.SCRIPT.options is (launch.resolve(row) if isinstance(row, str) else row), name
+        else:
+            [tool] = [value for value in vars(module).values() if isinstance(value, tool_launch.Tool)]
+            assert (tool.name, tool.options) == (name, launch.resolve(row) if isinstance(row, str) else row)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cache_text_encoder_outputs"], "an option of sdxl_, sd3_ and flux_train_network.py."),
+        (["--clip_g", "x"], "an option of sd3_train_network.py."),
+        (["--train_text_encoder"], "an option of fine_tune.py, sdxl_ and sd3_train.py."),
+        (["--outdir", "x"], "an option of gen_img.py, sdxl_gen_img.py and gen_img_diffusers.py."),
+        (["--save_to", "x"], "an option of networks/merge_lora.py."),
+        (["--cache_text_encoder_output"], "did you mean --cache_text_encoder_outputs, an option of sdxl_, sd3_ and"),
+        (["--nothing_like_it_anywhere"], "unknown option --nothing_like_it_anywhere."),
+    ],
+)
+def test_an_option_of_other_scripts_is_answered_with_their_names(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str], message: str
+) -> None:
+    [line] = failure(capsys, [*arguments, *words])
+    assert message in line and line.startswith(f"unknown option {words[0]}")
+
+
+def test_a_key_of_other_scripts_is_answered_with_their_names(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("c.toml").write_text("cache_text_encoder_outputs = true\nblocks_to_swapp = 0\n", "utf-8")
+    launch.main(SCRIPT, [*arguments, "--config_file", "c.toml"])
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert "cache_text_encoder_outputs (an option of sdxl_, sd3_ and flux_train_network.py)" in line
+    assert "blocks_to_swapp (did you mean blocks_to_swap, an option of sd3_ and flux_train_network.py?)" in line
+
+
+def test_tools_know_the_options_of_other_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="--network_dim; an option of train_network.py"):
+        tool_launch.parse(merge_lora.TOOL, ["--network_dim", "4"])
+
+
+# --- hints and errors together -------------------------------------------------------------------------------
+def test_warnings_that_may_explain_an_error_are_shown_with_it(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    Path("c.toml").write_text('dataset_confg = "data.toml"\nseed = 1.5\n', "utf-8")
+    (Path.cwd() / "folders" / "cats").mkdir(parents=True)
+    argv = [*arguments[:2], *arguments[4:], "--train_data_dir", "folders", "--config_file", "c.toml"]
+    with pytest.raises(SystemExit) as stop:
+        launch.main(SCRIPT, argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    kinds = [line.split(": ")[1] for line in lines]
+    assert kinds == ["error", "error", "warning", "warning"]
+    assert "seed: 1.5" in lines[0].replace("'", "") and "No data found" in lines[1]
+    assert "dataset_confg (did you mean dataset_config?)" in lines[2]
+    assert "cats ignored: its name does not begin with a number" in lines[3]
+
+
+# --- values that programs write ------------------------------------------------------------------------------
+def test_a_file_of_options_is_read_as_programs_write_it(arguments: list[str]) -> None:
+    Path("c.toml").write_text(
+        'persistent_data_loader_workers = 0\ncache_latents = 1\ngradient_checkpointing = "true"\nno_half_vae = "False"\n'
+        'vae = ""\nreg_data_dir = ""\nlr_scheduler_args = []\nnetwork_args = [""]\nclip_skip = "2"\nseed = "7.0"\n'
+        'learning_rate = "1e-4"\ntext_encoder_lr = "1e-5 2e-5"\nunet_lr = "1e-4"\noutput_name = 2024\n'
+        'max_token_length = 75\ndynamo_backend = "no"\nnoise_offset = false\nmultires_noise_discount = 0\n'
+        'save_precision = "None"\nlog_with = "none"\nmin_snr_gamma = "None"\nsave_n_epoch_ratio = 0\n'
+        "vae_batch_size = 0\nmax_train_epochs = 0\n[a.b.c]\nnetwork_dim = 8.0\nnetwork_alpha = 4\n",
+        "utf-8",
+    )
+    launch.main(SCRIPT, [*arguments, "--config_file", "c.toml"])
+    given = dict(non_default(seen[0][0]))
+    for name in ("pretrained_model_name_or_path", "dataset_config", "output_dir", "network_module", "config_file"):
+        del given[name]
+    assert given == {
+        "cache_latents": True, "gradient_checkpointing": True, "clip_skip": 2, "seed": 7, "learning_rate": 1e-4,
+        "text_encoder_lr": [1e-5, 2e-5], "unet_lr": 1e-4, "output_name": "2024", "multires_noise_discount": 0,
+        "network_dim": 8, "network_alpha": 4, "save_n_epoch_ratio": 0,
+    }  # fmt: skip
+
+
+def test_an_empty_word_on_the_command_line_takes_back_what_the_file_says(arguments: list[str]) -> None:
+    Path("c.toml").write_text('vae = "absent.pt"\nseed = 3\nnetwork_args = ["a=1"]\nmax_token_length = 150\n', "utf-8")
+    taken_back = ["--vae", "", "--seed=", "--network_args", "", "--max_token_length", "75", "--log_with", "None"]
+    launch.main(SCRIPT, [*arguments, "--config_file", "c.toml", *taken_back])
+    options = seen[0][0]
+    assert (options.model.vae, options.training.seed, options.network.network_args) == (None, None, None)
+    assert (options.model.max_token_length, options.logging.log_with) == (None, None)
+
+
+# --- what does not work yet ----------------------------------------------------------------------------------
+def test_a_part_of_a_feature_that_is_off_asks_for_nothing() -> None:
+    off = make_options(
+        wandb_run_name="x", wandb_api_key="x", dynamo_backend="eager", huggingface_repo_type="model",
+        huggingface_token="x", huggingface_repo_visibility="public", async_upload=True, save_state_to_huggingface=True,
+        resume_from_huggingface=True, zero_stage=3, offload_optimizer_device="cpu", validate_every_n_steps=0,
+        validate_every_n_epochs=1, max_validation_steps=5, validation_seed=1, validation_split=0, blocks_to_swap=0,
+        double_blocks_to_swap=0, log_with="tensorboard",
+    )  # fmt: skip
+    assert unsupported(off) == []
+    on = make_options(
+        wandb_run_name="x", log_with="all", huggingface_repo_id="a/b", async_upload=True, resume="s",
+        resume_from_huggingface=True, deepspeed=True, zero_stage=3, validation_split=0.1, validation_seed=1,
+        torch_compile=True, dynamo_backend="eager", blocks_to_swap=1, fp8_base=True,
+    )  # fmt: skip
+    assert sorted(text.split(":")[0] for text in unsupported(on)) == [
+        "--blocks_to_swap", "--deepspeed", "--fp8_base", "--huggingface_repo_id", "--log_with",
+        "--resume_from_huggingface", "--torch_compile", "--validation_split",
+    ]  # fmt: skip
+
+
+def test_a_part_of_a_drawing_feature_that_is_off_asks_for_nothing() -> None:
+    off = GenerationOptions().with_values(
+        highres_fix_steps=10, highres_fix_save_1st=True, ds_ratio=0.3, ds_depth_2=3, gradual_latent_ratio=0.4,
+        vgg16_guidance_layer=4, clip_guidance_scale=0.0, control_net_ratios=(1.0,), guide_image_path=("x.png",),
+        noise_offset_range=(0.0, 0.1), pyramid_noise_discount_range=(0.1, 0.2), clip_vision_strength=0.0,
+    )  # fmt: skip
+    assert unsupported(off, GENERATION_NOT_YET) == []
+    on = off.with_values(highres_fix_scale=0.5, ds_depth_1=0, gradual_latent_timesteps=700, control_net_models=("a",))
+    assert [text.split(":")[0] for text in unsupported(on, GENERATION_NOT_YET)] == [
+        "--control_net_models", "--highres_fix_scale", "--ds_depth_1", "--gradual_latent_timesteps",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("level", ["general", "dataset", "subset"])
+def test_a_validation_split_in_a_dataset_file_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], level: str
+) -> None:
+    line = {place: "validation_split = 0.5\n" if place == level else "" for place in ("general", "dataset", "subset")}
+    text = (
+        f"[general]\nresolution = 64\n{line['general']}[[datasets]]\n{line['dataset']}"
+        f'[[datasets.subsets]]\nimage_dir = "images"\n{line["subset"]}'
+    )
+    Path("data.toml").write_text(text, "utf-8")
+    [message] = failure(capsys, arguments)
+    assert "data.toml, datasets[0].subsets[0]: validation_split = 0.5: validation is not supported yet" in message
+    Path("data.toml").write_text(text.replace("0.5", "0"), "utf-8")
+    launch.main(SCRIPT, arguments)

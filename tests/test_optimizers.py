@@ -20,9 +20,9 @@ from library.optimizers import (
     is_schedule_free,
     optimizer_class,
     optimizer_name,
-    parse_key_values,
 )
 from library.options.errors import UserError
+from library.options.key_values import read_literals
 from library.options.optimizer import OptimizerOptions
 
 
@@ -192,7 +192,7 @@ def test_schedule_free_optimizers_start_in_train_mode() -> None:
     ],
 )
 def test_arguments_are_python_literals(item: str, value: Any) -> None:
-    parsed = parse_key_values([item], "--optimizer_args")
+    parsed = read_literals([item], "--optimizer_args")
     assert parsed == {"a": value}
     assert type(parsed["a"]) is type(value)
 
@@ -200,7 +200,7 @@ def test_arguments_are_python_literals(item: str, value: Any) -> None:
 @pytest.mark.parametrize("item", ["a", "=1", "a=word", "a=1=2", "a=", "a b=1", "a=__import__('os')"])
 def test_a_bad_argument_is_named(item: str) -> None:
     with pytest.raises(UserError) as error:
-        parse_key_values(["good=1", item], "--optimizer_args")
+        read_literals(["good=1", item], "--optimizer_args")
     assert str(error.value).startswith("--optimizer_args: ")
     assert repr(item) in str(error.value)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from library.options import make_options
-from library.saving import Retention, SaveNames, Saver
+from library.saving import Retention, SaveNames, Saver, remove_saved, saving_words
 from library.train_util import LossRecorder, StepPlan, starting_position
 from library.training_state import Position, SavedProgress
 
@@ -132,3 +132,20 @@ def test_the_running_loss_averages_the_last_epoch_of_batches():
     late = LossRecorder()
     late.add(batch=3, loss=5.0, is_first_epoch=False)
     assert late.average == 5.0
+
+
+def test_the_console_says_what_is_saved_and_removed_in_the_words_that_programs_read(tmp_path, capsys):
+    names = SaveNames(tmp_path, "my-lora", ".safetensors")
+    assert saving_words(names.epoch_state(3)) == "saving state at epoch 3"
+    assert saving_words(names.step_state(1200)) == "saving state at step 1200"
+    assert saving_words(names.last_state()) == "saving last state"
+    names.step(1).touch()
+    for folder in (names.step_state(1), tmp_path / "model"):
+        folder.mkdir()
+    for path in (names.step(1), names.step_state(1), tmp_path / "model", tmp_path / "absent"):
+        remove_saved(path)
+    assert capsys.readouterr().out.splitlines() == [
+        f"removing old checkpoint: {names.step(1)}",
+        f"removing old state: {names.step_state(1)}",
+        f"removing old model: {tmp_path / 'model'}",
+    ]

@@ -220,3 +220,24 @@ def test_mask_images_decide_where_the_loss_counts(photos, tmp_path):
     assert all(torch.allclose(plain[key], results["white"][key], atol=1e-6) for key in ups)
     assert any(not torch.allclose(plain[key], results["half"][key], atol=1e-5) for key in ups)
     assert all(results["black"][key].abs().max() == 0 for key in ups)
+
+
+def test_the_environment_of_a_launcher_changes_no_run(photos, tmp_path, monkeypatch, caplog, capfd):
+    config = write_config(tmp_path, photos)
+    common = ["--dataset_config", config, "--max_train_steps", "9", "--max_train_epochs", "1"]
+    plain = train(*common, output_dir=tmp_path / "plain")
+    assert "override steps. steps for 1 epochs is: 4" in capfd.readouterr().out
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert_equal_files(plain, train(*common, output_dir=tmp_path / "launched"))
+    assert caplog.text.count("ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not used") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
+def test_fp16_without_a_gpu_is_one_line(photos, tmp_path, capsys):
+    config = write_config(tmp_path, photos)
+    with pytest.raises(SystemExit) as stop:
+        train("--dataset_config", config, "--mixed_precision", "fp16", output_dir=tmp_path)
+    assert stop.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "--mixed_precision fp16 needs a GPU" in line and "bf16" in line

@@ -62,14 +62,6 @@ def compute_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
     return weight.dtype if weight.dtype.itemsize > 1 else x.dtype
 
 
-def xformers_problems() -> list[str]:
-    """One sentence if xformers does not work on the device that will be used."""
-    from library.models.layers import XFORMERS_ADVICE, xformers_problem
-
-    problem = xformers_problem("cuda" if torch.cuda.is_available() else "cpu")
-    return [f"--xformers cannot be used here ({problem}). {XFORMERS_ADVICE}"] if problem else []
-
-
 def attention_kind(options: Options) -> str | None:
     """The attention that the options ask for (`set_attention`'s kinds); None is the default."""
     device = options.device

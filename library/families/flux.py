@@ -13,12 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.data.records import LatentSpec, TextCacheSpec
-from library.families.autoencoder_family import (
-    AutoencoderFamily,
-    attention_kind,
-    compute_dtype,
-    xformers_problems,
-)
+from library.families.autoencoder_family import AutoencoderFamily, attention_kind, compute_dtype
 from library.families.base import Conditioning, ControlNet, SizeConditioning, Tokenize, cached_parts
 from library.flux_model_util import (
     LATENT_CHANNELS,
@@ -103,8 +98,6 @@ class Flux(AutoencoderFamily):
             self._flow_config()
         except ValueError as error:
             found.append(str(error))
-        if options.device.xformers:
-            found += xformers_problems()
         if self._is_autoencoder_alone():
             return found
         if not options.model.pretrained_model_name_or_path:

@@ -49,7 +49,6 @@ class StableDiffusion(UNetFamily):
         clip_skip = self.options.model.clip_skip
         if clip_skip is not None and clip_skip < 1:
             problems.append(f"--clip_skip {clip_skip}: it counts layers from the end, so it is 1 or more.")
-        problems += super().check_options()
         if self.options.cache.cache_text_encoder_outputs:
             problems.append("--cache_text_encoder_outputs does not work with Stable Diffusion 1 and 2; leave it out.")
         return problems

@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 from library.config_util import SupportedKinds, load_data_config
 from library.data.records import LatentSpec, TextCacheSpec
-from library.families.autoencoder_family import (
-    AutoencoderFamily,
-    attention_kind,
-    compute_dtype,
-    xformers_problems,
-)
+from library.families.autoencoder_family import AutoencoderFamily, attention_kind, compute_dtype
 from library.families.base import Conditioning, SizeConditioning, Tokenize, cached_parts
 from library.families.sd3_text import DropRates, Sd3Tokenize, clip_places, dropped
 from library.losses import HuberConfig
@@ -120,8 +115,6 @@ class StableDiffusion3(AutoencoderFamily):
         count = self.options.full.num_last_block_to_freeze
         if count is not None and count < 0:
             problems.append(f"--num_last_block_to_freeze {count}: it must be 0 or more.")
-        if self.options.device.xformers:
-            problems += xformers_problems()
         try:
             self.make_objective()
         except ValueError as error:

@@ -59,8 +59,7 @@ class StableDiffusionXL(UNetFamily):
     # --- loading -------------------------------------------------------------------------------------------
     def check_options(self) -> list[str]:
         """Problems with the options that concern this family."""
-        problems = ["--v2 is for Stable Diffusion 2.x; leave it out for SDXL."] if self.options.model.v2 else []
-        return problems + super().check_options()
+        return ["--v2 is for Stable Diffusion 2.x; leave it out for SDXL."] if self.options.model.v2 else []
 
     def load(self, *, weight_dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device | str) -> None:
         """Reads the model of `--pretrained_model_name_or_path` (and `--vae`); checks that the tokenizers fit."""

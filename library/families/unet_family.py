@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from library.families.autoencoder_family import AutoencoderFamily, attention_kind, xformers_problems
+from library.families.autoencoder_family import AutoencoderFamily, attention_kind
 from library.model_files import TEXT
 from library.objectives import DdpmConfig, DdpmObjective
 from library.sampling_spec import SamplingDefaults, SamplingSpec
@@ -30,10 +30,6 @@ class UNetFamily(AutoencoderFamily):
     noise_on_cpu = False  # whether starting noise for drawing comes from the CPU, in float32
 
     # --- loading -------------------------------------------------------------------------------------------
-    def check_options(self) -> list[str]:
-        """Problems with the options that concern this family."""
-        return xformers_problems() if self.options.device.xformers else []
-
     def _finish_loading(self, source: Path, *, recorded_prediction: str | None) -> None:
         """What follows when all modules are there: checks, a warning, the choice of attention."""
         from library.models.layers import set_attention

@@ -111,7 +111,8 @@ class TrainingSampler:
         except (ValueError, OSError) as error:
             logger.warning("No sample images this time: %s", error)
             return []
-        logger.info("drawing sample images at step %d", step)
+        place = f"{step}" if epoch is None else f"{step} / {epoch}"
+        logger.info("generating sample images at step / epoch: %s", place)
         files = []
         with preserved_random_states(), accelerator.autocast():
             for entry in entries[accelerator.process_index :: accelerator.num_processes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from library.logs import warn_once
 from library.models.attention import KINDS
 
-XFORMERS_ADVICE = (
-    "Leave the option out (--sdpa is the default and as fast), or install an xformers build for this torch."
-)
+logger = logging.getLogger(__name__)
 
 
 class TimeEmbedding(TimestepEmbedding):
@@ -57,17 +57,18 @@ def set_attention(unet: Any, vae: Any, kind: str | None) -> None:
     """Chooses how denoiser and VAE compute attention; either may be None.
 
     kind: None or "sdpa" = torch's scaled_dot_product_attention (the default of this program), "mem_eff_attn" = its
-    memory-efficient kernel only, "xformers" = xformers, after one real call.
-    Raises ValueError if xformers is asked for and does not work here, or for an unknown kind.
+    memory-efficient kernel only, "xformers" = xformers, after one real call; where that fails torch's attention,
+    which gives the same pictures, with one warning. Raises ValueError for an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"attention {kind!r} is unknown; allowed: sdpa, mem_eff_attn, xformers.")
-    own = [model for model in (unet, vae) if hasattr(model, "set_attention")]
-    models = [model for model in (unet, vae) if model is not None and model not in own]
     if kind == "xformers":
         problem = xformers_problem("cuda" if torch.cuda.is_available() else "cpu")
         if problem:
-            raise ValueError(f"--xformers cannot be used here ({problem}). {XFORMERS_ADVICE}")
+            warn_once(logger, f"--xformers cannot be used here ({problem}): PyTorch's own attention is used instead.")
+            kind = None
+    own = [model for model in (unet, vae) if hasattr(model, "set_attention")]
+    models = [model for model in (unet, vae) if model is not None and model not in own]
     for model in own:
         model.set_attention(KINDS[kind])
     if kind == "xformers":

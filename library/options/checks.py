@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.options import Options
+from library.options.errors import UserError
+from library.options.key_values import read_literals, read_texts
 from library.options.record import OptionRecord
 from library.options.script_options import Check, ScriptOptions
 
@@ -233,7 +235,10 @@ def fused_optimizers(options: Options) -> Iterator[str]:
 
 
 def _is_absolute(arguments: Iterable[str]) -> bool:
-    return any(item.replace(" ", "").lower() == "relative_step=false" for item in arguments)
+    try:
+        return read_literals(arguments, "--optimizer_args").get("relative_step") is False
+    except UserError:  # reported by itself
+        return True
 
 
 def warm_up(options: Options) -> Iterator[str]:
@@ -314,14 +319,21 @@ def trackers(options: Options) -> Iterator[str]:
 
 
 def key_value_arguments(options: Options) -> Iterator[str]:
-    for name, items in (
-        ("network_args", options.network.network_args),
-        ("optimizer_args", options.optimizer.optimizer_args),
-        ("lr_scheduler_args", options.optimizer.lr_scheduler_args),
+    for name, read, items in (
+        ("network_args", read_texts, options.network.network_args),
+        ("optimizer_args", read_literals, options.optimizer.optimizer_args),
+        ("lr_scheduler_args", read_literals, options.optimizer.lr_scheduler_args),
     ):
-        for item in items or ():
-            if "=" not in item:
-                yield f"--{name}: {item!r} is not of the form key=value."
+        found = [text for item in items or () for text in _problems_of(read, (item,), f"--{name}")]
+        yield from found or _problems_of(read, items or (), f"--{name}")
+
+
+def _problems_of(read: Callable[[Iterable[str], str], Any], items: Iterable[str], option: str) -> tuple[str, ...]:
+    try:
+        read(items, option)
+    except UserError as error:
+        return error.problems
+    return ()
 
 
 def is_missing_module(name: str) -> bool:

@@ -22,8 +22,19 @@ def whole_or_fraction(text: str) -> int | float:
     return int(number)
 
 
+def whole_number(text: str) -> int:
+    """`8`, `8.0` and `1e3` -> int. Raises ValueError for everything else."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
 READERS: Mapping[str, Callable[[str], Any]] = types.MappingProxyType(
-    {"str": str, "int": int, "float": float, "int_or_float": whole_or_fraction, "Path": Path}
+    {"str": str, "int": whole_number, "float": float, "int_or_float": whole_or_fraction, "Path": Path}
 )
 WANTED: Mapping[str, str] = types.MappingProxyType(
     {
@@ -35,6 +46,9 @@ WANTED: Mapping[str, str] = types.MappingProxyType(
         "flag": "true or false",
     }
 )
+
+
+NOTHING = ("none", "null")  # how programs write that an option is not given
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class OptionSpec:
     flags: tuple[str, ...] = ()
     convert: Callable[[Any], Any] | None = None  # text, number or list of a TOML file -> the option's final value
     required: bool = False  # of tools only; scripts check what is missing together with everything else
+    off: tuple[Any, ...] = ()  # values beyond type and choices that mean the same as not giving the option
 
     @property
     def is_flag(self) -> bool:
@@ -58,6 +73,21 @@ class OptionSpec:
     @property
     def is_positional(self) -> bool:
         return not self.flags
+
+    def means_nothing(self, value: Any) -> bool:
+        """Whether a value, of a TOML file or of the command line, says the same as not giving the option at all.
+
+        Programs that write options fill in what is empty or off in many ways: "", [], false, "None".
+        """
+        if isinstance(value, str):
+            word = value.strip().lower()
+            if not word or word in {str(item).lower() for item in self.off}:
+                return True
+            is_text = self.type_name in ("str", "Path") and self.choices is None
+            return word in NOTHING and not is_text and not (self.choices and word in self.choices)
+        if isinstance(value, list | tuple):
+            return self.nargs is not None and all(isinstance(item, str) and not item.strip() for item in value)
+        return (value is False and not self.is_flag) or (not isinstance(value, bool) and value in self.off)
 
     def read(self, text: str) -> Any:
         """One word of the command line -> value (before `convert`). Raises ValueError that says what is wanted."""
@@ -74,8 +104,7 @@ class OptionSpec:
             self.convert(value)
             return value
         if self.nargs is not None:
-            items = value if isinstance(value, list | tuple) else [value]
-            return [self._read_item(item) for item in items]
+            return [self._read_item(item) for item in self._items(value)]
         return self._read_item(value)
 
     def check_choice(self, value: Any) -> None:
@@ -93,6 +122,13 @@ class OptionSpec:
             return self.convert(value)
         return tuple(value) if self.nargs is not None else value
 
+    def _items(self, value: Any) -> list[Any]:
+        """The values of an option that takes several; numbers may stand in one text, with blanks or commas."""
+        if isinstance(value, str) and self.type_name not in ("str", "Path"):
+            return value.replace(",", " ").split()
+        items = value if isinstance(value, list | tuple) else [value]
+        return [item for item in items if not (isinstance(item, str) and not item.strip())]
+
     def _read_item(self, value: Any) -> Any:
         if isinstance(value, list | tuple | dict):
             raise ValueError(f"{value!r} is not {WANTED[self.type_name]}")
@@ -108,10 +144,11 @@ class OptionSpec:
 
 
 def _read_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
+    word = str(value).strip().lower()
+    if word in ("true", "1", "1.0"):
+        return True
+    if word in ("false", "0", "0.0"):
+        return False
     raise ValueError(f"{value!r} is not true or false")
 
 
@@ -124,10 +161,12 @@ def option(
     nargs: str | int | None = None,
     convert: Callable[[Any], Any] | None = None,
     required: bool = False,
+    off: tuple[Any, ...] = (),
 ) -> Any:
     """A dataclass field for an option that takes a value; `type` is a key of READERS."""
     details = {
         "type_name": type, "help": help, "choices": choices, "nargs": nargs, "convert": convert, "required": required,
+        "off": off,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata={"option": details})
 

@@ -23,7 +23,7 @@ class DeviceOptions:
     xformers: bool = flag("attention of the xformers package")
     sdpa: bool = flag("PyTorch's own fused attention (the default)")
     torch_compile: bool = flag("compile the model before training")
-    dynamo_backend: str = option("compiler for --torch_compile", "inductor", choices=DYNAMO_BACKENDS)
+    dynamo_backend: str = option("compiler for --torch_compile", "inductor", choices=DYNAMO_BACKENDS, off=("no",))
     ddp_timeout: int | None = option("minutes until waiting for another process fails", type="int")
     ddp_gradient_as_bucket_view: bool = flag("several devices: share memory between gradients and messages")
     ddp_static_graph: bool = flag("several devices: promise that every step uses the same parameters")

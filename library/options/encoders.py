@@ -12,7 +12,9 @@ class TextEncoderOptions:
     clip_l: str | None = option("CLIP-L file (default: the one inside the model file)")
     clip_g: str | None = option("CLIP-G file (default: the one inside the model file)")
     t5xxl: str | None = option("T5-XXL file (default: the one inside the model file)")
-    t5xxl_max_token_length: int | None = option("T5 tokens per caption (default: what fits the model)", type="int")
+    t5xxl_max_token_length: int | None = option(
+        "T5 tokens per caption (default: what fits the model)", type="int", off=(0,)
+    )
     apply_lg_attn_mask: bool = flag("hide padding tokens from CLIP-L and CLIP-G")
     apply_t5_attn_mask: bool = flag("hide padding tokens from T5, and where the model can do it from the model too")
     clip_l_dropout_rate: float = option("chance that a sample's CLIP-L output is emptied", 0.0, type="float")

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """One or more mistakes in what the user gave; `problems` holds one sentence each."""
+    """One or more mistakes in what the user gave; `problems` holds one sentence each.
 
-    def __init__(self, problems: str | Sequence[str]) -> None:
+    `hints` are warnings that are shown with them, because they may explain them.
+    """
+
+    def __init__(self, problems: str | Sequence[str], hints: Sequence[str] = ()) -> None:
+        self.hints = tuple(hints)
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))

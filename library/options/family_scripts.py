@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from library.options import script_checks as checks
+from library.options.bucket_preparation import BucketPreparationOptions
 from library.options.control_net import ControlNetOptions
 from library.options.encoders import TextEncoderOptions
 from library.options.flow import FlowOptions
 from library.options.flux import FluxOptions
 from library.options.full import FullTrainingOptions
 from library.options.memory import MemoryOptions
+from library.options.minimal_inference import FluxMinimalOptions, Sd3MinimalOptions, SdxlMinimalOptions
 from library.options.network import NetworkOptions
 from library.options.script import (
     CHECKPOINT_FORMATS,
+    CONTROL_NET_TRAINING,
+    DREAMBOOTH_TRAINING,
     EMBEDDING_TRAINING,
+    FINE_TUNING,
     GEN_IMG,
+    GEN_IMG_DIFFUSERS,
+    LAYERED_EMBEDDING_TRAINING,
     NETWORK_TRAINING,
     OF_CHECKPOINTS,
     OF_NETWORKS,
@@ -149,3 +158,38 @@ SD3_FULL_TRAINING = ScriptOptions(
     ),
     warnings=(checks.rates_of_frozen_text_encoders,),
 )  # fmt: skip
+
+# --- all scripts -----------------------------------------------------------------------------------------------
+#: what a script's name may begin with, before its kind
+PREFIXES = ("sdxl_", "sd3_", "flux_")
+#: script -> its options: a row, a class, or where a tool has its class (`module:Class`); old names are left out
+SCRIPTS: Mapping[str, ScriptOptions | type | str] = MappingProxyType({
+    "train_network.py": NETWORK_TRAINING,
+    "sdxl_train_network.py": SDXL_NETWORK_TRAINING,
+    "sd3_train_network.py": SD3_NETWORK_TRAINING,
+    "flux_train_network.py": FLUX_NETWORK_TRAINING,
+    "train_db.py": DREAMBOOTH_TRAINING,
+    "fine_tune.py": FINE_TUNING,
+    "sdxl_train.py": SDXL_FULL_TRAINING,
+    "sd3_train.py": SD3_FULL_TRAINING,
+    "flux_train.py": FLUX_FULL_TRAINING,
+    "train_textual_inversion.py": EMBEDDING_TRAINING,
+    "sdxl_train_textual_inversion.py": SDXL_EMBEDDING_TRAINING,
+    "train_textual_inversion_XTI.py": LAYERED_EMBEDDING_TRAINING,
+    "train_control_net.py": CONTROL_NET_TRAINING,
+    "sdxl_train_control_net.py": SDXL_CONTROL_NET_TRAINING,
+    "flux_train_control_net.py": FLUX_CONTROL_NET_TRAINING,
+    "sdxl_train_control_net_lllite.py": SDXL_LLLITE_TRAINING,
+    "gen_img.py": GEN_IMG,
+    "gen_img_diffusers.py": GEN_IMG_DIFFUSERS,
+    "sdxl_gen_img.py": SDXL_GEN_IMG,
+    "sdxl_minimal_inference.py": SdxlMinimalOptions,
+    "sd3_minimal_inference.py": Sd3MinimalOptions,
+    "flux_minimal_inference.py": FluxMinimalOptions,
+    "tools/cache_latents.py": "library.options.caching_tools:LATENT_CACHING",
+    "tools/cache_text_encoder_outputs.py": "library.options.caching_tools:TEXT_CACHING",
+    "finetune/prepare_buckets_latents.py": BucketPreparationOptions,
+    "networks/merge_lora.py": "networks.merge_lora:MergeOptions",
+    "tools/show_metadata.py": "tools.show_metadata:ShowMetadataOptions",
+    "tools/convert_diffusers20_original_sd.py": "tools.convert_diffusers20_original_sd:ConversionOptions",
+})  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from library.options.checks import Checked, is_missing_model, is_missing_module, out_of_range
 from library.options.generation import GenerationOptions
+from library.options.key_values import read_texts
 from library.options.script_options import ScriptOptions
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -137,13 +138,7 @@ def _networks(options: GenerationOptions) -> Iterator[str]:
 
 def network_arguments(entry: str) -> dict[str, str]:
     """`key=value;key=value` of one network; both are text. Raises ValueError that names the part."""
-    arguments: dict[str, str] = {}
-    for part in filter(None, (part.strip() for part in entry.split(";"))):
-        key, sign, value = part.partition("=")
-        if not sign or not key.strip():
-            raise ValueError(f"--network_args: {part!r} is not of the form key=value.")
-        arguments[key.strip()] = value.strip()
-    return arguments
+    return read_texts(filter(None, (part.strip() for part in entry.split(";"))), "--network_args")
 
 
 def _warnings(options: GenerationOptions) -> Iterator[str]:

@@ -15,5 +15,6 @@ class MemoryOptions:
     mem_eff_save: bool = flag("write the model tensor by tensor: needs less memory")
     blockwise_fused_optimizers: bool = flag("one optimizer per block, stepped during the backward pass")
     fused_optimizer_groups: int | None = option(
-        "this many optimizers, each stepped during the backward pass as soon as its gradients are there", type="int"
+        "this many optimizers, each stepped during the backward pass as soon as its gradients are there", type="int",
+        off=(0,),
     )

@@ -19,6 +19,6 @@ class ModelOptions:
         "use the output of the n-th text-encoder layer from the end (1 = last layer)", type="int"
     )
     max_token_length: int | None = option(
-        "longest caption in tokens; longer ones are cut (default: 75)", type="int", choices=(None, 150, 225)
+        "longest caption in tokens; longer ones are cut (default: 75)", type="int", choices=(None, 150, 225), off=(75,)
     )
     disable_mmap_load_safetensors: bool = flag("old option; model files are never mapped into memory")

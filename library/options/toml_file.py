@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
@@ -13,6 +12,7 @@ from typing import Any
 
 from library.options.declare import OptionSpec
 from library.options.errors import UserError
+from library.options.suggestions import meaning
 
 NEVER_WRITTEN = frozenset({"config_file", "output_config", "wandb_api_key", "huggingface_token"})
 
@@ -31,16 +31,11 @@ def config_path(name: str) -> Path:
     return Path(name if name.endswith(".toml") else name + ".toml")
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like `name`, or None."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+def read_config(path: Path, specs: Mapping[str, OptionSpec], script: str) -> ConfigFile:
+    """The options in a TOML file. Tables are flattened; their names mean nothing.
 
-
-def read_config(path: Path, specs: Mapping[str, OptionSpec]) -> ConfigFile:
-    """The options in a TOML file. Tables are flattened by one level; their names mean nothing.
-
-    Raises UserError if the file is missing or is no TOML. Unknown keys give one warning, bad values one problem each.
+    `script` is the name of the script whose options `specs` are. Raises UserError if the file is missing or is no
+    TOML. Unknown keys give one warning, bad values one problem each.
     """
     try:
         content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
@@ -51,33 +46,37 @@ def read_config(path: Path, specs: Mapping[str, OptionSpec]) -> ConfigFile:
     values: dict[str, Any] = {}
     problems: list[str] = []
     unknown: list[str] = []
-    for key, value in _flattened(content):
+    for key, value in _flattened(content, specs):
         if key not in specs:
             unknown.append(key)
+            continue
+        if specs[key].means_nothing(value):
             continue
         try:
             values[key] = specs[key].read_value(value)
             specs[key].check_choice(values[key])
         except ValueError as error:
             problems.append(f"{path}: {key}: {error}.")
-    return ConfigFile(values, tuple(problems), _unknown_keys_warning(path, unknown, specs))
+    return ConfigFile(values, tuple(problems), _unknown_keys_warning(path, unknown, specs, script))
 
 
-def _flattened(content: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+def _flattened(content: Mapping[str, Any], specs: Mapping[str, OptionSpec]) -> Iterable[tuple[str, Any]]:
     for key, value in content.items():
-        if isinstance(value, dict):
-            yield from value.items()
+        if isinstance(value, dict) and key not in specs:
+            yield from _flattened(value, specs)
         else:
             yield key, value
 
 
-def _unknown_keys_warning(path: Path, unknown: list[str], specs: Mapping[str, OptionSpec]) -> tuple[str, ...]:
+def _unknown_keys_warning(
+    path: Path, unknown: list[str], specs: Mapping[str, OptionSpec], script: str
+) -> tuple[str, ...]:
     if not unknown:
         return ()
     words = []
     for key in dict.fromkeys(unknown):
-        guess = nearest(key, specs)
-        words.append(f"{key} (did you mean {guess}?)" if guess else key)
+        phrase = meaning(key, specs, script, dashes="")
+        words.append(f"{key} ({phrase})" if phrase else key)
     return (f"{path}: this script has no option of these names, they have no effect: {', '.join(words)}",)
 
 
