@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from library import logs
+from library import logs, preflight
 from library.config_util import ConfigError, SupportedKinds, load_data_config
 from library.options.checks import published_by_wandb
 from library.options.declare import OptionSpec, specs_of
@@ -196,15 +196,16 @@ def unknown_words(words: Sequence[str], specs: Mapping[str, OptionSpec]) -> list
 def check(script: Script, command_line: CommandLine) -> CommandLine:
     """The same with implied values filled in. Raises UserError that lists everything that is wrong.
 
-    Looks at the options, the files they name and the dataset file, and imports nothing heavy.
+    Looks at the options, the files they name, the dataset file, and what `library.preflight` tries beforehand.
     """
     checked = resolve(script.options.check)(command_line.options, script.options)
     problems = [*command_line.problems, *checked.problems]
     problems += () if script.data is None else _data_problems(script.data, checked.options)
     problems += unsupported(command_line.options, script.options.not_yet)
+    problems += preflight.problems(checked.options, script, problems)
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
-    warnings = command_line.warnings + checked.warnings
+    warnings = (*command_line.warnings, *checked.warnings, *preflight.warnings(checked.options, script))
     return replace(command_line, options=checked.options, warnings=warnings)
 
 

@@ -205,11 +205,28 @@ def _resolve(name: str) -> tuple[type[torch.optim.Optimizer], Callable[[_Request
         return _built_in_class(name, entry), entry.prepare
     if "." in name:
         found = _class_at_path(name)
+        _refuse_unusable(name, found)
         return found, _PREPARE_BY_CLASS.get(found.__name__)
     class_of_torch = getattr(torch.optim, name, None)
     if inspect.isclass(class_of_torch) and issubclass(class_of_torch, torch.optim.Optimizer):
+        _refuse_unusable(name, class_of_torch)
         return class_of_torch, None
     raise UserError(_unknown_name(name))
+
+
+def _refuse_unusable(name: str, found: type[torch.optim.Optimizer]) -> None:
+    """Raises UserError for a class that steps in a way which training does not offer."""
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(
+            f"--optimizer_type {name} cannot be used: it computes the loss several times in each step (its step() needs "
+            "a closure), and training computes it once. Choose another optimizer."
+        )
+    if issubclass(found, torch.optim.SparseAdam):
+        raise UserError(
+            f"--optimizer_type {name} cannot be used: it takes sparse gradients only, and training makes dense ones. "
+            "Choose another, such as AdamW."
+        )
 
 
 def _built_in_class(name: str, entry: _Entry) -> type[torch.optim.Optimizer]:
@@ -292,6 +309,26 @@ def parse_key_values(items: Iterable[str] | None, option: str) -> dict[str, Any]
                 "or a quoted text such as 'text'."
             ) from None
     return arguments
+
+
+def argument_problems(options: OptimizerOptions) -> list[str]:
+    """A sentence for each of `--optimizer_args` that the optimizer's class does not have, with the nearest it has.
+
+    Raises UserError as `create_optimizer` does for a name or a value that cannot be read.
+    """
+    found = optimizer_class(optimizer_name(options))
+    parameters = inspect.signature(found).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return []
+    known = [name for name in parameters if name not in ("self", "params", "lr")]
+    given = parse_key_values(options.optimizer_args, "--optimizer_args")
+    return [
+        f"--optimizer_args: {found.__name__} has no argument {name}"
+        + (f"; did you mean {close[0]}?" if (close := difflib.get_close_matches(name, known, n=1)) else ".")
+        + f" It takes {', '.join(known)}."
+        for name in given
+        if name not in known and name != "lr"
+    ]
 
 
 # --- creation ----------------------------------------------------------------------------------------------

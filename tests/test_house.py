@@ -24,7 +24,7 @@ ROOMS = (
     "flux_model_util",
     "methods generation optimizers optimizer_state lr_schedulers metadata model_spec train_util training_state hub "
     "progress saving",
-    "caching caching_tools bucket_preparation training_loop launch tool_launch",
+    "caching caching_tools bucket_preparation preflight training_loop launch tool_launch",
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 #: where families may be named
