@@ -215,18 +215,20 @@ def _resolve(name: str) -> tuple[type[torch.optim.Optimizer], Callable[[_Request
 
 
 def _refuse_unusable(name: str, found: type[torch.optim.Optimizer]) -> None:
-    """Raises UserError for a class that steps in a way which training does not offer."""
-    closure = inspect.signature(found.step).parameters.get("closure")
+    reason = _unusable(found)
+    if reason:
+        raise UserError(f"--optimizer_type {name} cannot be used: {reason}. Choose another, such as AdamW.")
+
+
+def _unusable(found: type[torch.optim.Optimizer]) -> str | None:
+    """Why no training can step with a class; None if it may."""
+    step = getattr(found, "step", None)
+    closure = inspect.signature(step).parameters.get("closure") if callable(step) else None
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UserError(
-            f"--optimizer_type {name} cannot be used: it computes the loss several times in each step (its step() needs "
-            "a closure), and training computes it once. Choose another optimizer."
-        )
+        return "it computes the loss several times in each step (its step() needs a closure), training computes it once"
     if issubclass(found, torch.optim.SparseAdam):
-        raise UserError(
-            f"--optimizer_type {name} cannot be used: it takes sparse gradients only, and training makes dense ones. "
-            "Choose another, such as AdamW."
-        )
+        return "it takes sparse gradients only, and training makes dense ones"
+    return None
 
 
 def _built_in_class(name: str, entry: _Entry) -> type[torch.optim.Optimizer]:
@@ -265,16 +267,19 @@ def _class_at_path(path: str) -> type[torch.optim.Optimizer]:
 
 
 def _torch_names() -> list[str]:
+    """The optimizers of torch that training can use."""
     return sorted(
         name
         for name, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-    )
+        and _unusable(value) is None
+    )  # fmt: skip
 
 
 def _unknown_name(name: str) -> str:
     candidates = {candidate.lower(): candidate for candidate in [*_torch_names(), *_BUILT_IN]}
-    close = difflib.get_close_matches(name.lower(), candidates, n=1)
+    longer = sorted((candidate for candidate in candidates if candidate.startswith(name.lower())), key=len)
+    close = longer or difflib.get_close_matches(name.lower(), candidates, n=1)
     hint = f" Did you mean {candidates[close[0]]}?" if close else ""
     return (
         f"--optimizer_type {name} is unknown.{hint} Built in: {', '.join(_BUILT_IN)}. "

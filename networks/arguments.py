@@ -109,7 +109,8 @@ def argument_problems(
         text for key, value in values.items() if (text := _problem(read, NetworkArguments({key: value}, network)))
     ]
     together = None if problems else _problem(read, NetworkArguments(values, network))
-    return [f"--network_args: {text}" for text in (*problems, *([together] if together else []))]
+    texts = [*problems, *([together] if together else [])]
+    return [f"--network_args: {text.removeprefix('network argument ')}" for text in texts]
 
 
 def _problem(read: Callable[[NetworkArguments], object], arguments: NetworkArguments) -> str | None:

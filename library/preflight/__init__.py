@@ -102,7 +102,7 @@ def warnings(options: Any, script: Script) -> list[str]:
 
 
 def _subject(options: Any, script: Script) -> Subject:
-    return Subject(options, script.options, script.name, script.family, script.method)
+    return Subject(options, script.options, script.name, script.family, script.method, script.run)
 
 
 def _sentences(check: Check, subject: Subject) -> list[str]:

@@ -21,6 +21,7 @@ def problem_with(folder: Path, name: str) -> str | None:
 
     A folder that does not exist yet is tried in the nearest one above it that does.
     """
+    place = folder
     try:
         place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not place.is_dir():
@@ -31,7 +32,7 @@ def problem_with(folder: Path, name: str) -> str | None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return f"the file name {name} has {len(os.fsencode(name))} bytes, too many for this file system"
-        return error.strerror or str(error)
+        return f"{error.strerror or error} ({place})"
     return None
 
 

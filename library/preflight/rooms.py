@@ -9,10 +9,12 @@ from library.methods.base import TrainingMethod
 from library.options import Options
 from library.preflight.subject import Subject, resolve
 
+TRAINING = "library.training_loop:train"
+
 
 def problems(subject: Subject) -> list[str]:
-    """The problems of the run that the script would make."""
-    if subject.method is None:
+    """What `library.training_loop.train` would refuse."""
+    if subject.run != TRAINING or subject.method is None:
         return []
     family = resolve(subject.family)(subject.options)
     return room_problems(subject.options, family, resolve(subject.method)(subject.options, family))

@@ -1,4 +1,4 @@
-"""The learning-rate schedule, made for an optimizer of one parameter: its name, its arguments, its first and last step."""
+"""The learning-rate schedule, made for an optimizer of one parameter: its name, its arguments, some of its steps."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def problems(subject: Subject) -> Iterator[str]:
     """What the schedule says about the options; the number of steps is `--max_train_steps`."""
     options: OptimizerOptions = subject.options.optimizer
     total = max(1, subject.options.training.max_train_steps or 1)
-    schedule = create_lr_scheduler(options, _optimizer(options), num_training_steps=total)
-    if isinstance(schedule, LambdaLR):
-        try:
-            for step in (0, total // 2, total):
-                schedule.lr_lambdas[0](step)
-        except (TypeError, ValueError, ArithmeticError) as error:
-            yield f"--lr_scheduler_args: --lr_scheduler {options.lr_scheduler} cannot work with these values: {error}."
+    try:
+        schedule = create_lr_scheduler(options, _optimizer(options), num_training_steps=total)
+        for step in (0, total // 2, total) if isinstance(schedule, LambdaLR) else ():
+            schedule.lr_lambdas[0](step)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        yield f"--lr_scheduler_args: --lr_scheduler {options.lr_scheduler} cannot work with these values: {error}."
 
 
 def _optimizer(options: OptimizerOptions) -> CreatedOptimizer:

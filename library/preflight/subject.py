@@ -15,13 +15,14 @@ from library.options.script_options import ScriptOptions
 
 @dataclass(frozen=True)
 class Subject:
-    """`options` is the script's record; family and method are dotted paths, as the script has them."""
+    """`options` is the script's record; family, method and run are dotted paths, as the script has them."""
 
     options: Any
     rows: ScriptOptions
     script: str  # file name
     family: str
     method: str | None = None
+    run: str = ""
 
     @cached_property
     def groups(self) -> frozenset[str]:
