@@ -101,9 +101,7 @@ class NetworkArguments:
             raise ValueError(f"network argument {key}={value}: expected {expected}.") from error
 
 
-def argument_problems(
-    read: Callable[[NetworkArguments], object], values: Mapping[str, Any], network: str
-) -> list[str]:
+def argument_problems(read: Callable[[NetworkArguments], object], values: Mapping[str, Any], network: str) -> list[str]:
     """What is wrong with the arguments of a network, one sentence each; `read` reads them and needs no models."""
     problems = [
         text for key, value in values.items() if (text := _problem(read, NetworkArguments({key: value}, network)))

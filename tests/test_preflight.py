@@ -196,7 +196,8 @@ def test_all_mistakes_are_told_together(place: Path, capsys: pytest.CaptureFixtu
         "--seeed 1 --optimizer_type AdamW8 --lr_scheduler cosin --network_args conv_dimm=4 rank_dropout=x "
         f"--network_dropout 1 --pretrained_model_name_or_path {SDXL} --network_weights {{place}}/flux_lora.safetensors "
         "--logging_dir {place}/file --output_dir {place}/taken --output_name run --save_precision fp17 "
-        "--loss_type huber --huber_c 0 --train_data_dir {place}/nowhere --sample_at_first --sample_prompts {place}/no.txt"
+        "--loss_type huber --huber_c 0 --train_data_dir {place}/nowhere --sample_at_first "
+        "--sample_prompts {place}/no.txt"
     )
     text = "\n".join(report("train_network", command("train_network", place, words), capsys))
     for told in (

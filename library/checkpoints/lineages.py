@@ -129,7 +129,7 @@ _TRANSFORMERS = (
 )
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:lora_down|lora_A|down|lora\.down)\b.*weight$")
 _WIDTHS = {768: ModelKind.SD1, 1024: ModelKind.SD2, 2048: ModelKind.SDXL}
-_TWO_ENCODERS = re.compile(r"^(?:lora_te2_|text_encoder_2\.|lora_unet_(?:input|output)_blocks_\d_1_transformer_blocks_)")
+_TWO_ENCODERS = re.compile(r"^(?:lora_te2_|text_encoder_2\.|lora_unet_(?:in|out)put_blocks_\d_1_transformer_blocks_)")
 _ONE_ENCODER = re.compile(r"^(?:lora_te_|lora_unet_(?:down|up)_blocks_3_)")
 _NETWORK = re.compile(r"(?:^lora_|lora_(?:down|up|A|B)\b|\.lora\.|hada_w|lokr_w|oft_|\.alpha$)")
 

@@ -133,9 +133,8 @@ def cache_warnings(subject: Subject) -> Iterator[str]:
 
 
 def _cache_option(subject: Subject) -> str:
-    return "--cache_latents_to_disk" if subject.options.cache.cache_latents_to_disk else (
-        "--cache_text_encoder_outputs_to_disk"
-    )
+    name = "cache_latents" if subject.options.cache.cache_latents_to_disk else "cache_text_encoder_outputs"
+    return f"--{name}_to_disk"
 
 
 def _closed_folders(subject: Subject) -> list[tuple[Path, str]]:
