@@ -22,7 +22,11 @@ def draw(options: FluxMinimalOptions) -> None:
 
 
 TOOL = tool_launch.Tool(
-    "flux_minimal_inference.py", "Draw an image with a FLUX.1 model: the shortest way.", FluxMinimalOptions, draw
+    "flux_minimal_inference.py",
+    "Draw an image with a FLUX.1 model: the shortest way.",
+    FluxMinimalOptions,
+    draw,
+    writes_folder="output_dir",
 )
 
 

@@ -22,7 +22,7 @@ def draw(options: Sd3MinimalOptions) -> None:
 
 TOOL = tool_launch.Tool(
     "sd3_minimal_inference.py", "Draw an image with a Stable Diffusion 3 or 3.5 model: the shortest way.",
-    Sd3MinimalOptions, draw,
+    Sd3MinimalOptions, draw, writes_folder="output_dir",
 )  # fmt: skip
 
 

@@ -21,7 +21,11 @@ def draw(options: SdxlMinimalOptions) -> None:
 
 
 TOOL = tool_launch.Tool(
-    "sdxl_minimal_inference.py", "Draw an image with an SDXL model: the shortest way.", SdxlMinimalOptions, draw
+    "sdxl_minimal_inference.py",
+    "Draw an image with an SDXL model: the shortest way.",
+    SdxlMinimalOptions,
+    draw,
+    writes_folder="output_dir",
 )
 
 

@@ -27,6 +27,7 @@ TOOL = tool_launch.Tool(
     description="Sort a folder of images into buckets and keep their latents in `<stem>.npz` files.",
     options=BucketPreparationOptions,
     run=prepare,
+    writes_file="out_json",
 )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from library import logs
+from library import logs, preflight
 from library.config_util import ConfigError, SupportedKinds, load_data_config, unsupported_data
 from library.options.checks import published_by_wandb
 from library.options.declare import OptionSpec, specs_of
@@ -242,7 +242,7 @@ def unknown_words(words: Sequence[str], specs: Mapping[str, OptionSpec], script:
 def check(script: Script, command_line: CommandLine) -> CommandLine:
     """The same with implied values filled in. Raises UserError that lists everything that is wrong.
 
-    Looks at the options, the files they name and the dataset file, and imports nothing heavy.
+    Looks at the options, the files they name, the dataset file, and what `library.preflight` tries beforehand.
     """
     checked = resolve(script.options.check)(command_line.options, script.options)
     problems = [*command_line.problems, *checked.problems]
@@ -252,8 +252,10 @@ def check(script: Script, command_line: CommandLine) -> CommandLine:
         data_problems, hints = _data_problems(script.data, checked.options)
         problems += data_problems
     problems += unsupported(command_line.options, script.options.not_yet)
+    problems += preflight.problems(checked.options, script, problems)
     if problems:
         raise UserError(list(dict.fromkeys(problems)), hints=[*warnings, *hints])
+    warnings = (*warnings, *preflight.warnings(checked.options, script))
     return replace(command_line, options=checked.options, warnings=warnings)
 
 
@@ -297,8 +299,8 @@ def main(script: Script, argv: Sequence[str] | None = None) -> None:
 def exit_status(name: str) -> Iterator[None]:
     """What is done inside ends the process the way users of the script `name` expect.
 
-    A user's mistake prints one line per mistake, then the warnings that may explain them, and exits with status 2, an interrupt with 130, a termination
-    with 143; any other failure leaves as the exception that it is (status 1).
+    A user's mistake prints one line per mistake, then the warnings that may explain them, and exits with status 2, an
+    interrupt with 130, a termination with 143; any other failure leaves as the exception that it is (status 1).
     """
     try:
         with _termination_as_exit():

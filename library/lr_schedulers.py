@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import logging
@@ -372,8 +373,10 @@ def _warn_shared_warmup(options: OptimizerOptions, num_processes: int) -> None:
 
 
 def _unknown_name(name: str) -> str:
+    close = difflib.get_close_matches(name.lower(), LR_SCHEDULERS, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
     return (
-        f"--lr_scheduler {name} is not supported; choose one of {', '.join(LR_SCHEDULERS)}, "
+        f"--lr_scheduler {name} is not supported.{hint} Choose one of {', '.join(LR_SCHEDULERS)}, "
         "or give any class with --lr_scheduler_type."
     )
 

@@ -205,11 +205,30 @@ def _resolve(name: str) -> tuple[type[torch.optim.Optimizer], Callable[[_Request
         return _built_in_class(name, entry), entry.prepare
     if "." in name:
         found = _class_at_path(name)
+        _refuse_unusable(name, found)
         return found, _PREPARE_BY_CLASS.get(found.__name__)
     class_of_torch = getattr(torch.optim, name, None)
     if inspect.isclass(class_of_torch) and issubclass(class_of_torch, torch.optim.Optimizer):
+        _refuse_unusable(name, class_of_torch)
         return class_of_torch, None
     raise UserError(_unknown_name(name))
+
+
+def _refuse_unusable(name: str, found: type[torch.optim.Optimizer]) -> None:
+    reason = _unusable(found)
+    if reason:
+        raise UserError(f"--optimizer_type {name} cannot be used: {reason}. Choose another, such as AdamW.")
+
+
+def _unusable(found: type[torch.optim.Optimizer]) -> str | None:
+    """Why no training can step with a class; None if it may."""
+    step = getattr(found, "step", None)
+    closure = inspect.signature(step).parameters.get("closure") if callable(step) else None
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        return "it computes the loss several times in each step (its step() needs a closure), training computes it once"
+    if issubclass(found, torch.optim.SparseAdam):
+        return "it takes sparse gradients only, and training makes dense ones"
+    return None
 
 
 def _built_in_class(name: str, entry: _Entry) -> type[torch.optim.Optimizer]:
@@ -248,22 +267,45 @@ def _class_at_path(path: str) -> type[torch.optim.Optimizer]:
 
 
 def _torch_names() -> list[str]:
+    """The optimizers of torch that training can use."""
     return sorted(
         name
         for name, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-    )
+        and _unusable(value) is None
+    )  # fmt: skip
 
 
 def _unknown_name(name: str) -> str:
     candidates = {candidate.lower(): candidate for candidate in [*_torch_names(), *_BUILT_IN]}
-    close = difflib.get_close_matches(name.lower(), candidates, n=1)
+    longer = sorted((candidate for candidate in candidates if candidate.startswith(name.lower())), key=len)
+    close = longer or difflib.get_close_matches(name.lower(), candidates, n=1)
     hint = f" Did you mean {candidates[close[0]]}?" if close else ""
     return (
         f"--optimizer_type {name} is unknown.{hint} Built in: {', '.join(_BUILT_IN)}. "
         f"From torch.optim (exactly so): {', '.join(_torch_names())}. "
         "Any other class: its dotted path, such as bitsandbytes.optim.AdEMAMix8bit."
     )
+
+
+def argument_problems(options: OptimizerOptions) -> list[str]:
+    """A sentence for each of `--optimizer_args` that the optimizer's class does not have, with the nearest it has.
+
+    Raises UserError as `create_optimizer` does for a name or a value that cannot be read.
+    """
+    found = optimizer_class(optimizer_name(options))
+    parameters = inspect.signature(found).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return []
+    known = [name for name in parameters if name not in ("self", "params", "lr")]
+    given = read_literals(options.optimizer_args, "--optimizer_args")
+    return [
+        f"--optimizer_args: {found.__name__} has no argument {name}"
+        + (f"; did you mean {close[0]}?" if (close := difflib.get_close_matches(name, known, n=1)) else ".")
+        + f" It takes {', '.join(known)}."
+        for name in given
+        if name not in known and name != "lr"
+    ]
 
 
 # --- creation ----------------------------------------------------------------------------------------------

@@ -13,19 +13,23 @@ from library.launch import Parser, argument, exit_status, unknown_words
 from library.options.console import ConsoleOptions
 from library.options.declare import specs_of
 from library.options.errors import UserError
+from library.preflight.outputs import file_problems, folder_problems
 
 
 @dataclass(frozen=True)
 class Tool:
     """A script with few options of its own, which no other script shares and no `--config_file` holds.
 
-    `options` is a dataclass whose fields are declared with `option` and `flag`; `run` gets one of it.
+    `options` is a dataclass whose fields are declared with `option` and `flag`; `run` gets one of it. `writes_file`
+    and `writes_folder` name the option whose file, or folder for files, must be writable before `run` begins.
     """
 
     name: str  # path from the project's root, e.g. "tools/show_metadata.py"
     description: str
     options: type
     run: Callable[[Any], None]
+    writes_file: str | None = None
+    writes_folder: str | None = None
 
 
 def build_parser(tool: Tool) -> argparse.ArgumentParser:
@@ -55,5 +59,17 @@ def main(tool: Tool, argv: Sequence[str] | None = None) -> None:
     """Run a tool; it ends as `library.launch.exit_status` says."""
     with exit_status(tool.name):
         options = parse(tool, sys.argv[1:] if argv is None else argv)
+        check_outputs(tool, options)
         logs.set_up(ConsoleOptions())
         tool.run(options)
+
+
+def check_outputs(tool: Tool, options: Any) -> None:
+    """Raises UserError if what the tool makes cannot be written where the options say."""
+    specs = {spec.name: spec for spec in specs_of(tool.options)}
+    problems: list[str] = []
+    for name, check in ((tool.writes_file, file_problems), (tool.writes_folder, folder_problems)):
+        if name and getattr(options, name):
+            problems += check(name if specs[name].is_positional else f"--{name}", str(getattr(options, name)))
+    if problems:
+        raise UserError(problems)

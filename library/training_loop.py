@@ -18,7 +18,6 @@ from library.caching import (
     fill_text_caches,
     released_text_encoders,
     text_encoding,
-    text_option_problems,
 )
 from library.config_util import SupportedKinds, describe, load_data_config
 from library.data.cache import check_cacheable
@@ -30,13 +29,14 @@ from library.data.loader import BatchLoader
 from library.data.preview import open_window, show_dataset
 from library.data.text_cache import text_cache_problems
 from library.families.base import ModelFamily
-from library.generation.training_samples import TrainingSampler, sampling_problems
+from library.generation.training_samples import TrainingSampler
 from library.lr_schedulers import create_lr_scheduler
 from library.memory.fused_step import fused_step_problems
 from library.metadata import RunFacts, TrainingMetadata
 from library.methods.base import ParameterGroup, Placement, TrainingMethod
 from library.options import non_default
 from library.options.errors import UserError
+from library.preflight.rooms import room_problems
 from library.saving import SaveNames, Saver
 from library.train_util import (
     OptimizerSet,
@@ -67,8 +67,7 @@ def train(
     started_at = time.time()
     family = family_class(options)
     method = method_class(options, family)
-    raise_problems(family.check_options() + method.check_options() + sampling_problems(options))
-    raise_problems(text_option_problems(options, family, method))
+    raise_problems(room_problems(options, family, method))
     warn_without_effect(options, {**family.without_effect, **method.without_effect})
     method.prepare_text()
     resumed = resumed_progress(options)

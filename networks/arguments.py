@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from networks.known import modules_with_argument
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +33,14 @@ class NetworkArguments:
         return self._read(key, default, _finite, "a number")
 
     def probability(self, key: str) -> float | None:
-        """A number in [0, 1], or None if the argument is absent."""
-        return checked_probability(self._read(key, None, _finite, "a number"), f"network argument {key}")
+        """The probability of a dropout, in [0, 1), or None if the argument is absent."""
+        value = checked_probability(self._read(key, None, _finite, "a number"), f"network argument {key}")
+        if value == 1.0:
+            raise ValueError(
+                f"network argument {key}=1 drops everything at every step, so nothing would be trained: it must be "
+                "below 1."
+            )
+        return value
 
     def flag(self, key: str, *, default: bool = False) -> bool:
         """true/1/yes or false/0/no in any case, or `default` if the argument is absent."""
@@ -54,15 +63,32 @@ class NetworkArguments:
         self._known.update(keys)
         return {key: self.values[key] for key in keys if self.values.get(key) is not None}
 
-    def warn_unknown(self) -> None:
-        """One warning that lists the arguments which no reader asked for."""
+    @property
+    def known(self) -> frozenset[str]:
+        """What readers have asked for so far."""
+        return frozenset(self._known - {"dropout"})
+
+    def ignore(self, *keys: str, reason: str) -> None:
+        """One warning about the arguments among `keys` that are given and have no effect."""
+        given = self.select(*keys)
+        if given:
+            logger.warning("%s: no effect of the network arguments %s: %s", self.network, ", ".join(given), reason)
+
+    def refuse_unknown(self) -> None:
+        """Raises ValueError if there are arguments which no reader asked for; a sentence for each."""
         unknown = sorted(self.values.keys() - self._known)
         if unknown:
-            known = ", ".join(sorted(self._known - {"dropout"}))
-            names = ", ".join(unknown)
-            logger.warning("%s ignores unknown network arguments: %s. Known: %s", self.network, names, known)
+            raise ValueError(" ".join(self._unknown(name) for name in unknown))
         if isinstance(self.values.get("dropout"), str):
             logger.warning("%s ignores the network argument dropout; use --network_dropout", self.network)
+
+    def _unknown(self, name: str) -> str:
+        others = [module for module in modules_with_argument(name) if module != self.network]
+        if others:
+            return f"network argument {name}: {self.network} does not have it; it is for {' and '.join(others)}."
+        close = difflib.get_close_matches(name, self.known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"network argument {name} is unknown to {self.network}; {hint}Known: {', '.join(sorted(self.known))}."
 
     def _read(self, key: str, default: Any, convert: Callable[[Any], Any], expected: str) -> Any:
         self._known.add(key)
@@ -73,6 +99,24 @@ class NetworkArguments:
             return convert(value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"network argument {key}={value}: expected {expected}.") from error
+
+
+def argument_problems(read: Callable[[NetworkArguments], object], values: Mapping[str, Any], network: str) -> list[str]:
+    """What is wrong with the arguments of a network, one sentence each; `read` reads them and needs no models."""
+    problems = [
+        text for key, value in values.items() if (text := _problem(read, NetworkArguments({key: value}, network)))
+    ]
+    together = None if problems else _problem(read, NetworkArguments(values, network))
+    texts = [*problems, *([together] if together else [])]
+    return [f"--network_args: {text.removeprefix('network argument ')}" for text in texts]
+
+
+def _problem(read: Callable[[NetworkArguments], object], arguments: NetworkArguments) -> str | None:
+    try:
+        read(arguments)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def checked_probability(value: float | None, origin: str) -> float | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from networks.adapter import Adapter, Dropouts, full_precision
 from networks.arguments import NetworkArguments, checked_rank
+from networks.arguments import argument_problems as check_arguments
 from networks.blocks import (
     get_block_dims_and_alphas,
     get_block_index,
@@ -200,6 +202,18 @@ class LoRANetwork(UnetNetwork):
         generation = Generation(batch_size, num_sub_prompts, masks, shared)
         for adapter in self._regional_adapters():
             adapter.generation = generation
+
+
+def known_arguments() -> frozenset[str]:
+    """The names of the `--network_args` that this module reads."""
+    return LoRANetwork.known_arguments()
+
+
+def argument_problems(arguments: Mapping[str, Any], *, lineage: str) -> list[str]:
+    """What is wrong with `--network_args` for a kind of model, one sentence each; needs no models."""
+    return check_arguments(
+        lambda given: LoRANetwork.read_arguments(given, is_sdxl=lineage == "sdxl"), arguments, "networks.lora"
+    )
 
 
 def create_network(

@@ -23,3 +23,4 @@ class LoRANetwork(TransformerNetwork):
 
 
 create_network, create_network_from_weights = entry_points(LoRANetwork)
+known_arguments, argument_problems = LoRANetwork.known_arguments, LoRANetwork.argument_problems

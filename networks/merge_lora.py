@@ -205,6 +205,7 @@ TOOL = tool_launch.Tool(
     description="Merge LoRA files into a Stable Diffusion 1.x/2.x model, or several LoRA files into one.",
     options=MergeOptions,
     run=merge,
+    writes_file="save_to",
 )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from networks.adapter import Adapter, Dropouts
 from networks.arguments import NetworkArguments, checked_rank
+from networks.arguments import argument_problems as check_arguments
 from networks.groups import PlusRatios
 from networks.lora import LoRAInfModule, LoRAModule
 from networks.network import (
@@ -46,7 +47,7 @@ class TransformerOptions:
         cls, arguments: NetworkArguments, settings: NetworkSettings, neuron_dropout: float | None,
         unsupported: Sequence[str],
     ) -> TransformerOptions:
-        """Raises ValueError that names the argument, also for those of `unsupported`; warns about unknown ones."""
+        """Raises ValueError that names the argument, also for those of `unsupported` and for unknown ones."""
         for name, value in arguments.select(*unsupported).items():
             if str(value).strip().lower() not in _NO_EFFECT:
                 raise ValueError(f"network argument {name}={value}: {arguments.network} does not support it yet.")
@@ -55,7 +56,8 @@ class TransformerOptions:
         )
         trains_t5 = arguments.flag("train_t5xxl")
         settings = replace(settings, plus=PlusRatios.read(arguments))
-        arguments.warn_unknown()
+        arguments.ignore("conv_dim", "conv_alpha", reason="only Linear layers are adapted")
+        arguments.refuse_unknown()
         return cls(settings, dropouts, trains_t5)
 
 
@@ -145,7 +147,24 @@ class TransformerNetwork(AdapterNetwork):
         network.train_t5xxl = options.trains_t5
         return network
 
-    # --- the two functions that a network module offers ------------------------------------------------------
+    # --- the functions that a network module offers -----------------------------------------------------------
+    @classmethod
+    def known_arguments(cls) -> frozenset[str]:
+        """The names of the network arguments that are read, or refused because they do not work yet."""
+        arguments = NetworkArguments({}, "")
+        cls._read_arguments(arguments)
+        return arguments.known - {"conv_dim", "conv_alpha"}
+
+    @classmethod
+    def argument_problems(cls, arguments: Mapping[str, Any], *, lineage: str = "") -> list[str]:
+        """What is wrong with `--network_args`, one sentence each; needs no models."""
+        return check_arguments(cls._read_arguments, arguments, cls.module_name)
+
+    @classmethod
+    def _read_arguments(cls, arguments: NetworkArguments) -> TransformerOptions:
+        settings = NetworkSettings(DEFAULT_RANK, 1.0)
+        return TransformerOptions.read(arguments, settings, None, cls.unsupported_arguments)
+
     @classmethod
     def for_training(
         cls, multiplier: float, rank: int | None, alpha: float | None, text_encoder: Any, denoiser: nn.Module,

@@ -56,7 +56,7 @@ class UnetOptions:
     def read(
         cls, arguments: NetworkArguments, settings: NetworkSettings, neuron_dropout: float | None, *, is_sdxl: bool
     ) -> UnetOptions:
-        """Raises ValueError that names the argument; warns about unknown ones."""
+        """Raises ValueError that names the argument, also for unknown ones."""
         conv_rank = arguments.integer("conv_dim")
         conv_alpha = arguments.number("conv_alpha", 1.0)
         if conv_rank is not None:
@@ -71,7 +71,7 @@ class UnetOptions:
         dropouts = Dropouts(neuron_dropout, rank_dropout, arguments.probability("module_dropout"))
         lr_weight = blocks.parse_block_lr_kwargs(is_sdxl, arguments.select(*blocks.LR_KEYS))
         block_ranks = blocks.read_block_ranks(arguments, settings, lr_weight, is_sdxl=is_sdxl)
-        arguments.warn_unknown()
+        arguments.refuse_unknown()
         return cls(settings, dropouts, block_ranks, lr_weight, is_sdxl)
 
     @property
@@ -118,6 +118,19 @@ class UnetNetwork(AdapterNetwork):
         super().__init__(encoders, denoiser_adapters, options.settings)
         self.is_sdxl = options.is_sdxl
         self.block_lr_weight = options.block_lr_weight
+
+    # --- before there are models ---------------------------------------------------------------------------
+    @classmethod
+    def known_arguments(cls) -> frozenset[str]:
+        """The names of the network arguments that are read."""
+        arguments = NetworkArguments({}, "")
+        cls.read_arguments(arguments, is_sdxl=False)
+        return arguments.known
+
+    @classmethod
+    def read_arguments(cls, arguments: NetworkArguments, *, is_sdxl: bool) -> UnetOptions:
+        """The arguments alone, beside default rank and alpha."""
+        return UnetOptions.read(arguments, NetworkSettings(DEFAULT_RANK, 1.0), None, is_sdxl=is_sdxl)
 
     # --- creating ------------------------------------------------------------------------------------------
     @classmethod

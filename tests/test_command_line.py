@@ -95,12 +95,12 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A command line with which nothing is wrong; the working directory is an empty folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.ckpt").touch()
     (tmp_path / "data.toml").write_text(
         '[general]\nresolution = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\n', "utf-8"
     )
     return (
-        "--pretrained_model_name_or_path model.safetensors --dataset_config data.toml --output_dir out "
+        "--pretrained_model_name_or_path model.ckpt --dataset_config data.toml --output_dir out "
         "--network_module networks.lora"
     ).split()
 
@@ -119,12 +119,13 @@ def failure(capsys: pytest.CaptureFixture[str], argv: list[str], script: launch.
 
 # --- what reaches the run ------------------------------------------------------------------------------------
 def test_run_gets_options_family_and_method(arguments: list[str]) -> None:
-    launch.main(SCRIPT, [*arguments, "--seed", "3", "--network_args", "a=1", "b=2", "--cache_latents_to_disk"])
+    words = ["--seed", "3", "--network_args", "conv_dim=1", "conv_alpha=2", "--cache_latents_to_disk"]
+    launch.main(SCRIPT, [*arguments, *words])
     [(options, family, method, kinds)] = seen
     assert (family, method) == (int, str)
     assert kinds.dreambooth and not kinds.controlnet
     assert options.training.seed == 3
-    assert options.network.network_args == ("a=1", "b=2")
+    assert options.network.network_args == ("conv_dim=1", "conv_alpha=2")
     assert options.cache.cache_latents  # implied
 
 
@@ -213,16 +214,16 @@ def test_signals_have_their_own_status(arguments: list[str], run: str, status: i
 def test_command_line_wins_over_file_over_default(arguments: list[str]) -> None:
     Path("c.toml").write_text(
         '[any]\nseed = 5\nnetwork_dim = 8\nresolution = 640\n[other]\nnetwork_dim = 16\nlr_scheduler = "cosine"\n'
-        'lr_warmup_steps = "10%"\nnetwork_args = ["a=1"]\ntext_encoder_lr = 1e-5\ncache_latents = true\n',
+        'lr_warmup_steps = "10%"\nnetwork_args = ["conv_dim=1"]\ntext_encoder_lr = 1e-5\ncache_latents = true\n',
         "utf-8",
     )
-    launch.main(SCRIPT, [*arguments, "--config_file", "c", "--seed", "6", "--network_args", "b=2"])
+    launch.main(SCRIPT, [*arguments, "--config_file", "c", "--seed", "6", "--network_args", "conv_alpha=2"])
     options = seen[0][0]
     assert options.training.seed == 6
     assert options.network.network_dim == 16  # the later table
     assert options.dataset.resolution == (640, 640)
     assert options.optimizer.lr_warmup_steps == 0.1
-    assert options.network.network_args == ("b=2",)
+    assert options.network.network_args == ("conv_alpha=2",)
     assert options.network.text_encoder_lr == (1e-5,)
     assert options.cache.cache_latents
     assert options.config_file.config_file == "c"
@@ -264,7 +265,8 @@ def test_missing_and_broken_files_are_mistakes(capsys: pytest.CaptureFixture[str
 
 def test_output_config_writes_what_differs_and_can_be_read_back(arguments: list[str]) -> None:
     extra = [
-        *["--seed", "7", "--resolution", "512,768", "--learning_rate", "1e-4", "--network_args", 'a="ä"', "b=\\n"],
+        *["--seed", "7", "--resolution", "512,768", "--learning_rate", "1e-4"],
+        *["--network_args", "conv_dim=4", "conv_alpha=2", "--training_comment", 'a="ä"\\n'],
         *["--lr_warmup_steps", "10%", "--loss_type", "l2", "--flip_aug", "--lr_scheduler", "cosine"],
         *["--wandb_api_key", "secret", "--huggingface_token", "secret", "--text_encoder_lr", "1e-5", "0.5"],
     ]
@@ -272,9 +274,10 @@ def test_output_config_writes_what_differs_and_can_be_read_back(arguments: list[
     assert not seen
     content = tomllib.loads(Path("c.toml").read_text("utf-8"))
     assert content == {
-        "pretrained_model_name_or_path": "model.safetensors", "dataset_config": "data.toml", "output_dir": "out",
+        "pretrained_model_name_or_path": "model.ckpt", "dataset_config": "data.toml", "output_dir": "out",
         "network_module": "networks.lora", "seed": 7, "resolution": "512,768", "learning_rate": 1e-4,
-        "network_args": ['a="ä"', "b=\\n"], "lr_warmup_steps": 0.1, "flip_aug": True, "lr_scheduler": "cosine",
+        "network_args": ["conv_dim=4", "conv_alpha=2"], "training_comment": 'a="ä"\\n', "lr_warmup_steps": 0.1,
+        "flip_aug": True, "lr_scheduler": "cosine",
         "text_encoder_lr": [1e-5, 0.5],
     }  # fmt: skip
     launch.main(SCRIPT, ["--config_file", "c"])
@@ -422,7 +425,8 @@ def test_warnings_that_may_explain_an_error_are_shown_with_it(
 # --- values that programs write ------------------------------------------------------------------------------
 def test_a_file_of_options_is_read_as_programs_write_it(arguments: list[str]) -> None:
     Path("c.toml").write_text(
-        'persistent_data_loader_workers = 0\ncache_latents = 1\ngradient_checkpointing = "true"\nno_half_vae = "False"\n'
+        'persistent_data_loader_workers = 0\ncache_latents = 1\ngradient_checkpointing = "true"\n'
+        'no_half_vae = "False"\n'
         'vae = ""\nreg_data_dir = ""\nlr_scheduler_args = []\nnetwork_args = [""]\nclip_skip = "2"\nseed = "7.0"\n'
         'learning_rate = "1e-4"\ntext_encoder_lr = "1e-5 2e-5"\nunet_lr = "1e-4"\noutput_name = 2024\n'
         'max_token_length = 75\ndynamo_backend = "no"\nnoise_offset = false\nmultires_noise_discount = 0\n'

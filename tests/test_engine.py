@@ -23,7 +23,7 @@ from library.generation.hooks import Drawing, StepHook, StepState
 from library.generation.pictures import load_mask, load_picture
 from library.generation.request import ImageRequest
 from library.generation.samplers import SAMPLERS, Start, make_sampler
-from library.generation.training_samples import TrainingSampler, sampling_problems
+from library.generation.training_samples import TrainingSampler, prompt_warnings, sampling_problems
 from library.options import Options, make_options
 from tests.gaussian import STD, GaussianFamily
 
@@ -505,9 +505,20 @@ def test_problems_are_found_before_training(values: dict[str, Any], message: str
         TrainingSampler(options, accelerator=accelerator())
 
 
-def test_unknown_samplers_in_the_file_are_found_before_training(tmp_path: Path) -> None:
-    (problem,) = sampling_problems(training_options(tmp_path, "a\nb --ss eular\n"))
-    assert "line 2" in problem and "'eular'" in problem and "euler_a" in problem
+def test_prompts_that_cannot_be_drawn_are_told_before_training_and_do_not_end_the_list(tmp_path: Path) -> None:
+    lines = "a\nb --ss eular\nc --d 99999999999999999999\n(d:1.2.3)\ne --w ten\nf\t--d 5\ng\n"
+    options = training_options(tmp_path, lines)
+    assert sampling_problems(options) == []
+    told = prompt_warnings(options, reads_weights=True)
+    assert [int(re.search(r"line (\d)", text)[1]) for text in told] == [2, 3, 4, 5, 6]
+    assert [text.startswith("Sample image skipped") for text in told] == [True, True, True, False, False]
+    assert "'eular'" in told[0] and "euler_a" in told[0]
+    assert len(prompt_warnings(options, reads_weights=False)) == 4
+
+
+def test_a_file_without_any_prompt_that_can_be_drawn_is_refused(tmp_path: Path) -> None:
+    (problem,) = sampling_problems(training_options(tmp_path, "b --ss eular\n"))
+    assert "line 1" in problem and "'eular'" in problem
 
 
 def test_prompts_without_a_reason_to_sample_are_no_problem() -> None:

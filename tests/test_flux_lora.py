@@ -98,7 +98,9 @@ def test_arguments_that_do_not_work_yet_are_refused_by_name(argument, full_size)
 
 def test_arguments_without_effect_are_accepted_and_unknown_ones_named(full_size, caplog):
     make(*full_size, train_blocks="all", split_qkv="False", conv_dim="4")
-    assert "networks.lora_flux ignores unknown network arguments: conv_dim" in caplog.text
+    assert "networks.lora_flux: no effect of the network arguments conv_dim" in caplog.text
+    with pytest.raises(ValueError, match="block_dims: networks.lora_flux does not have it; it is for networks.lora"):
+        make(*full_size, block_dims="4")
 
 
 # --- learning rates --------------------------------------------------------------------------------------------

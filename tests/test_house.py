@@ -24,8 +24,8 @@ ROOMS = (
     "flux_model_util flux_utils",
     "methods generation optimizers optimizer_state lr_schedulers metadata model_spec train_util training_state hub "
     "progress saving",
-    "caching caching_tools bucket_preparation training_loop launch tool_launch script_api sdxl_train_util "
-    "sd3_train_utils flux_train_utils huggingface_util",
+    "caching caching_tools bucket_preparation preflight training_loop launch tool_launch script_api "
+    "sdxl_train_util sd3_train_utils flux_train_utils huggingface_util",
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 #: where families may be named

@@ -189,11 +189,19 @@ def test_bad_arguments_are_named(models, arguments):
         make(models, **arguments)
 
 
-def test_unknown_arguments_warn_once_but_not_dropout(models, caplog):
-    with caplog.at_level(logging.WARNING):
-        make(models, conv_dimm="4", dropout=None)
-    assert caplog.text.count("conv_dimm") == 1
+def test_unknown_arguments_are_refused_with_the_nearest_but_not_dropout(models, caplog):
+    with pytest.raises(ValueError, match="conv_dimm is unknown to networks.lora; did you mean conv_dim"):
+        make(models, conv_dimm="4")
+    with pytest.raises(ValueError, match="img_attn_dim: networks.lora does not have it; it is for networks.lora_flux"):
+        make(models, img_attn_dim="4")
+    make(models, dropout=None)
     assert "--network_dropout" not in caplog.text
+
+
+@pytest.mark.parametrize("argument", ["rank_dropout", "module_dropout"])
+def test_dropping_everything_is_refused(models, argument):
+    with pytest.raises(ValueError, match=f"{argument}=1 drops everything"):
+        make(models, **{argument: "1"})
 
 
 # --- the network -----------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_the_stable_phase_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lr_scheduler": "nonsense"}, "nonsense is not supported; choose one of constant, .*adafactor"),
+        ({"lr_scheduler": "nonsense"}, "nonsense is not supported. Choose one of constant, .*adafactor"),
         ({"lr_scheduler": "greedy"}, "greedy is not supported"),
         ({"lr_scheduler": "linear", "lr_scheduler_args": ("num_cycles=2",)}, "num_cycles is unknown .*it takes none"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("cycles=2",)}, "cycles is unknown to .*it takes num_cycles"),

@@ -242,6 +242,7 @@ TOOL = tool_launch.Tool(
     "Convert a Stable Diffusion 1.x or 2.x model between a checkpoint file and a Diffusers folder.",
     ConversionOptions,
     convert,
+    writes_file="model_to_save",
 )
 
 

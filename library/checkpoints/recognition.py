@@ -1,4 +1,7 @@
-"""Says what a model file is by its keys, which keys mean nothing, and which are kept when it is written again."""
+"""Says what a model file is by its keys, which keys mean nothing, and which are kept when it is written again.
+
+Imports nothing heavy: command lines are checked with it before torch is there.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import logging
 import re
 from collections.abc import Callable
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from library.checkpoints.tensors import LazyTensors, Shapes
+    from library.checkpoints.tensors import LazyTensors, Shapes
 
 logger = logging.getLogger(__name__)
 

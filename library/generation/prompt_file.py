@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.generation.request import MAX_STEPS, TRAINING_SAMPLES, ImageRequest, parse_prompt_line
+from library.generation.request import MAX_SEED, MAX_SIDE, MAX_STEPS, TRAINING_SAMPLES, ImageRequest, parse_prompt_line
 from library.sampling_spec import SamplingDefaults
 
 EXTENSIONS = (".txt", ".toml", ".json")
@@ -30,6 +31,9 @@ _FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
 }
 _OTHER_MODELS = ("cfg_trunc_ratio", "renorm_cfg")  # understood, meant for models that are not here
 _MINIMUM = {"width": 1, "height": 1, "seed": 0, "scale": 0, "guidance_scale": 0}
+_MAXIMUM = {"width": MAX_SIDE, "height": MAX_SIDE, "seed": MAX_SEED}
+#: an option of a text line that is none, because another white space than a blank stands before it
+_AFTER_NO_BLANK = re.compile(r"[^\S ](--[A-Za-z]\w*)")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class PromptEntry:
         if isinstance(self.content, str):
             line = parse_prompt_line(self.content, TRAINING_SAMPLES)
             values, warnings = {"prompt": line.prompt, **line.options}, line.warnings
+            warnings += tuple(
+                f"'{name}' is part of the prompt: a blank must stand before it, no tab"
+                for name in _AFTER_NO_BLANK.findall(self.content)
+            )
         elif isinstance(self.content, Mapping):
             values, warnings = dict(self.content), ()
         else:
@@ -80,6 +88,8 @@ class PromptEntry:
                 raise ValueError(f"{self.source}: 'flow_shift' is {value!r}, it must be a number") from error
         if key in _MINIMUM and value < _MINIMUM[key]:
             raise ValueError(f"{self.source}: '{key}' is {value!r}, it must be at least {_MINIMUM[key]}")
+        if key in _MAXIMUM and value > _MAXIMUM[key]:
+            raise ValueError(f"{self.source}: '{key}' is {value!r}, it must be at most {_MAXIMUM[key]}")
         return min(MAX_STEPS, max(1, value)) if key == "sample_steps" else value
 
 
@@ -117,7 +127,8 @@ def _toml_entries(path: Path, text: str) -> list[PromptEntry]:
     if not isinstance(table, dict) or not isinstance(subsets, list) or not subsets:
         raise ValueError(f"{path}: a table [prompt] with at least one [[prompt.subset]] is needed")
     common = {key: value for key, value in table.items() if key != "subset"}
-    return [PromptEntry(i, f"{path}, prompt.subset[{i}]", {**common, **subset}) for i, subset in enumerate(subsets)]
+    entries = [{**common, **subset} if isinstance(subset, dict) else subset for subset in subsets]
+    return [PromptEntry(i, f"{path}, prompt.subset[{i}]", entry) for i, entry in enumerate(entries)]
 
 
 def _json_entries(path: Path, text: str) -> list[PromptEntry]:

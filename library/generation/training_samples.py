@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from library.generation.prompt_file import PromptEntry, check_prompt_file, read_
 from library.generation.request import ImageRequest
 from library.generation.samplers import check_sampler
 from library.sampling_spec import SamplingDefaults
+from library.text.prompt_weights import parse_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,12 +49,52 @@ def sampling_problems(options: Options) -> list[str]:
     try:
         check_sampler(sampling.sample_sampler, "--sample_sampler")
         check_prompt_file(Path(sampling.sample_prompts))
-        for entry in read_prompt_file(Path(sampling.sample_prompts)):
-            request, _ = entry.request(SamplingDefaults(), sampling.sample_sampler)
-            check_sampler(request.sampler, f"--sample_prompts, {entry.source}")
+        reports = [_report(entry, sampling.sample_sampler) for entry in read_prompt_file(Path(sampling.sample_prompts))]
     except (ValueError, OSError) as error:
-        problems.append(str(error))
+        return [*problems, str(error)]
+    if reports and all(report.reason for report in reports):
+        problems += [f"--sample_prompts: {report.reason}" for report in reports[:10]]
     return problems
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What was ignored in a prompt of the file, and why it cannot be drawn, if so."""
+
+    warnings: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+def _report(entry: PromptEntry, sampler: str, *, reads_weights: bool = False) -> _Report:
+    warnings: tuple[str, ...] = ()
+    try:
+        request, warnings = entry.request(SamplingDefaults(), sampler)
+        check_sampler(request.sampler, entry.source)
+        for text in (request.prompt, request.negative_prompt) if reads_weights else ():
+            parse_weights(text)
+    except ValueError as error:
+        reason = str(error)
+        return _Report(warnings, reason if reason.startswith(entry.source) else f"{entry.source}: {reason}")
+    return _Report(warnings)
+
+
+def prompt_warnings(options: Options, *, reads_weights: bool) -> tuple[str, ...]:
+    """What is ignored in the prompt file, and which of its prompts will be skipped; empty if no images are wanted.
+
+    `reads_weights`: whether the model takes `(words:1.2)`, so that a bad weight keeps a prompt from being drawn.
+    """
+    sampling = options.sampling
+    if not wants_samples(options) or not sampling.sample_prompts:
+        return ()
+    path = Path(sampling.sample_prompts)
+    reports = [_report(entry, sampling.sample_sampler, reads_weights=reads_weights) for entry in read_prompt_file(path)]
+    if not reports:
+        return (f"--sample_prompts {path} has no prompts yet: no sample images are drawn until it has.",)
+    return tuple(
+        text
+        for report in reports
+        for text in (*report.warnings, *([f"Sample image skipped: {report.reason}"] if report.reason else ()))
+    )
 
 
 def wants_samples(options: Options) -> bool:

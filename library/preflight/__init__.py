@@ -1,0 +1,128 @@
+"""Everything that can be wrong with a run and be said before data and models are read, in one report.
+
+A check is light, or it imports torch; the latter are made only if the options that they are about are given, or if
+nothing else is wrong (the run needs torch next). So a typing error is answered at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from library.options import non_default
+from library.preflight.subject import Subject, resolve
+
+if TYPE_CHECKING:
+    from library.launch import Script
+
+_MISTAKES = (ValueError, ImportError, OSError)
+_OPTION = re.compile(r"--[A-Za-z]\w*")
+
+
+@dataclass(frozen=True)
+class Check:
+    """`function` is the dotted path of `Subject -> sentences`; scripts with the options' group `group` make it.
+
+    `about`: the options for which a heavy check is worth its imports; None marks a light one.
+    """
+
+    group: str
+    function: str
+    about: frozenset[str] | None = None
+
+    @property
+    def is_heavy(self) -> bool:
+        return self.about is not None
+
+
+def _heavy(group: str, function: str, *about: str) -> Check:
+    return Check(group, function, frozenset(about))
+
+
+#: options that families and methods look at, each for itself
+_OF_ROOMS = (
+    "v2", "clip_skip", "xformers", "weighted_captions", "cache_text_encoder_outputs", "zero_terminal_snr",
+    "model_prediction_type", "timestep_sampling", "weighting_scheme", "t5xxl_max_token_length", "save_model_as",
+    "learning_rate", "block_lr", "cond_emb_dim", "weights", "init_word",
+)  # fmt: skip
+
+PROBLEMS: tuple[Check, ...] = (
+    Check("loss", "library.preflight.numbers:loss"),
+    Check("network", "library.preflight.numbers:network"),
+    Check("model", "library.preflight.model_files:problems"),
+    Check("network", "library.preflight.networks:file_problems"),
+    Check("saving", "library.preflight.outputs:training_problems"),
+    Check("cache", "library.preflight.outputs:cache_problems"),
+    Check("output", "library.preflight.outputs:drawing_problems"),
+    _heavy(
+        "optimizer", "library.preflight.optimizer:problems", "optimizer_type", "optimizer_args", "use_8bit_adam",
+        "use_lion_optimizer",
+    ),
+    _heavy(
+        "optimizer", "library.preflight.schedule:problems", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args",
+    ),
+    _heavy("network", "library.preflight.networks:argument_problems", "network_args"),
+    _heavy("training", "library.preflight.rooms:problems", *_OF_ROOMS, "sample_prompts"),
+    _heavy("model", "library.preflight.model_files:damages"),
+)  # fmt: skip
+WARNINGS: tuple[Check, ...] = (
+    Check("model", "library.preflight.model_files:warnings"),
+    Check("cache", "library.preflight.outputs:cache_warnings"),
+    _heavy("sampling", "library.preflight.prompts:warnings"),
+)
+
+
+def problems(options: Any, script: Script, found: Sequence[str] = ()) -> list[str]:
+    """What is wrong, one sentence each; `found` is what is known to be wrong already.
+
+    Where several checks complain about one option, the first counts.
+    """
+    subject = _subject(options, script)
+    checks = [check for check in PROBLEMS if check.group in subject.groups]
+    texts: list[str] = []
+    for check in checks:
+        if not check.is_heavy:
+            texts += _new(_sentences(check, subject), [*found, *texts])
+    given = set(non_default(options))
+    heavy = [check for check in checks if check.is_heavy]
+    if not found and not texts or any(given & (check.about or frozenset()) for check in heavy):
+        for check in heavy:
+            texts += _new(_sentences(check, subject), [*found, *texts])
+    return texts
+
+
+def warnings(options: Any, script: Script) -> list[str]:
+    """What the user of a run without mistakes should know before it begins, one sentence each."""
+    subject = _subject(options, script)
+    checks = [check for check in WARNINGS if check.group in subject.groups]
+    return [text for check in checks for text in _sentences(check, subject)]
+
+
+def _subject(options: Any, script: Script) -> Subject:
+    return Subject(options, script.options, script.name, script.family, script.method, script.run)
+
+
+def _sentences(check: Check, subject: Subject) -> list[str]:
+    """What a check says. It runs silently: the run itself gives the messages of what is used here."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        return list(resolve(check.function)(subject))
+    except _MISTAKES as error:
+        return str(error).splitlines() or [type(error).__name__]
+    finally:
+        logging.disable(level)
+
+
+def _new(texts: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The sentences about options that no known sentence begins with."""
+    options = {_first_option(text) for text in known} - {None}
+    return [text for text in texts if _first_option(text) not in options]
+
+
+def _first_option(text: str) -> str | None:
+    found = _OPTION.search(text)
+    return found.group() if found else None
