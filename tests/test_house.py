@@ -23,7 +23,7 @@ ROOMS = (
     "objectives families model_files encoder_files model_util sdxl_model_util sd3_model_util "
     "flux_model_util",
     "methods generation optimizers optimizer_state lr_schedulers metadata model_spec train_util training_state hub "
-    "progress saving",
+    "progress saving finite",
     "caching caching_tools bucket_preparation training_loop launch tool_launch",
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}

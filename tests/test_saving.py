@@ -62,7 +62,7 @@ def test_rotation_keeps_the_last_epochs_and_never_saves_the_final_epoch_twice(tm
     assert left == {
         "run-000003.safetensors", "run-000004.safetensors", "run-000004-state", "run.safetensors", "run-state",
     }
-    assert events[-2:] == ["state run-state", "model run.safetensors"]
+    assert events[-2:] == ["model run.safetensors", "state run-state"]
     assert (tmp_path / "run.safetensors").read_text() == "5 50"
     assert f"saving checkpoint: {tmp_path / 'run.safetensors'}" in capsys.readouterr().out.splitlines()
 
