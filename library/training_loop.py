@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from library.caching import (
     text_encoding,
     text_option_problems,
 )
+from library.checkpoints.stored import remembering
 from library.config_util import SupportedKinds, describe, load_data_config
 from library.data.cache import check_cacheable
 from library.data.custom_group import load_dataset_class
@@ -171,10 +173,11 @@ def load_models(
 ) -> Placement:
     """Files -> modules, and the caches that only need frozen models; the order keeps peak memory low."""
     precision, placement = Precision.from_options(options), placement_for(options, accelerator)
-    family.load(
-        weight_dtype=method.loading_dtype(placement), vae_dtype=precision.vae,
-        device=accelerator.device if options.training.lowram else torch.device("cpu"),
-    )
+    with remembering() if method.writes_whole_model else nullcontext():
+        family.load(
+            weight_dtype=method.loading_dtype(placement), vae_dtype=precision.vae,
+            device=accelerator.device if options.training.lowram else torch.device("cpu"),
+        )
     method.before_caching(placement)
     family.vae.to(accelerator.device)
     if options.cache.cache_latents:

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from library.finite import MOST_SKIPPED_STEPS, BatchResult, StepGuard, check_writable
 from library.options import make_options
 from library.options.errors import RunFailed
 from library.training_state import Position
 from tests.golden import FOLDER
-from tests.test_full_training import options_with, start_run, steps
+from tests.test_full_training import make_run, steps
 from tests.test_processes import run_two_processes
 from tests.training import PHOTOS, clean_process, train, write_config
 
-SAVING = ("--cache_latents", "--save_every_n_steps", "1", "--save_last_n_steps", "1", "--save_state")
+SAVING = ("--cache_latents", "--save_every_n_steps", "3", "--save_last_n_steps", "1", "--save_state")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -32,26 +31,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_neither_writes_nor_removes(
     photos = Path(shutil.copytree(PHOTOS, tmp_path / "photos"))
     config = write_config(tmp_path, photos)
     out = tmp_path / "out"
-    train("--dataset_config", config, *SAVING, "--max_train_steps", "1", output_dir=out)
+    train("--dataset_config", config, *SAVING, "--max_train_steps", "4", output_dir=out)
     before = contents(out)
     assert {path.split("/")[0] for path in before} == {
-        "run-step00000001.safetensors", "run-step00000001-state", "run.safetensors", "run-state",
+        "run-step00000003.safetensors", "run-step00000003-state", "run.safetensors", "run-state",
     }
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:
-        train("--dataset_config", config, *SAVING, "--max_train_steps", "6", "--learning_rate", "1e38",
-              "--resume", out / "run-step00000001-state", output_dir=out)
+        train("--dataset_config", config, *SAVING, "--max_train_steps", "6", "--learning_rate", "1e30", output_dir=out)
     assert ending.value.code == 1
-    after = contents(out)
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error: training stopped" in line]
-    [message] = errors
-    assert re.search(r"in step [23] \(epoch [12], learning rate 1e\+38\): the (loss is|gradients are) not finite", message)
-    assert re.search(r"pictures: .*\.(jpg|png)", message) and "--learning_rate" in message
-    for path, content in after.items():
-        if path.endswith(".safetensors"):
-            assert all(t.isfinite().all() for t in load_file(out / path).values() if t.is_floating_point()), path
-    assert before["run.safetensors"] == after["run.safetensors"]
-    assert [path for path in after if "incomplete" in path or ".tmp" in path] == []
+    [message] = [line for line in capsys.readouterr().err.splitlines() if "error: training stopped" in line]
+    assert re.search(r"in step 2 \(epoch 1, learning rate 1e\+30\): the loss is not finite", message)
+    assert re.search(r"pictures: .*\.(jpg|png)", message) and "a lower --learning_rate" in message
+    assert contents(out) == before
 
 
 # --- where the bad number comes from, on real modules --------------------------------------------------------
@@ -59,7 +51,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_neither_writes_nor_removes(
 def run_with(tmp_path, monkeypatch):
     monkeypatch.chdir(FOLDER)
     with clean_process():
-        yield lambda **values: start_run(options_with(tmp_path, **values))
+        yield lambda **values: make_run(tmp_path, **values)
 
 
 FUSED = {
@@ -156,7 +148,7 @@ def test_two_processes_stop_together(tmp_path):
     photos = Path(shutil.copytree(PHOTOS, tmp_path / "photos"))
     config = write_config(tmp_path, photos)
     result = run_two_processes(tmp_path / "out", "--dataset_config", config, "--max_train_steps", "6",
-                               "--learning_rate", "1e38", "--save_every_n_steps", "3", "--save_state")
+                               "--learning_rate", "1e30", "--save_every_n_steps", "3", "--save_state")
     assert result.returncode == 1
     told = re.findall(r"training stopped in step \d .*not finite", result.stderr)
     assert len(told) == 2, result.stderr[-3000:]

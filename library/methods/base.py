@@ -89,6 +89,8 @@ class TrainingMethod(ABC):
     tracker_name: str
     #: whether `ss_*` training metadata belongs into the saved file
     writes_training_metadata: bool = False
+    #: whether the saved file is the whole model, with the parts that are not trained
+    writes_whole_model: bool = False
 
     #: options that are accepted and mean nothing for this method -> why (they warn once when set)
     without_effect: Mapping[str, str] = MappingProxyType({})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.checkpoints.stored import forget_stored
 from library.families.base import ModelFamily
 from library.methods.base import LossRecipe, ParameterGroup, Placement, TrainingMethod
 from library.options import Options
@@ -28,6 +29,7 @@ class FullTraining(TrainingMethod):
     """Trains the weights of the model itself. A learning rate of 0 leaves its part frozen, in the frozen dtype."""
 
     tracker_name = "finetuning"
+    writes_whole_model = True
     without_effect: Mapping[str, str] = MappingProxyType(
         {"diffusers_xformers": "--xformers already covers the VAE as well as the denoiser."}
     )
@@ -101,6 +103,8 @@ class FullTraining(TrainingMethod):
         groups = [*self._attach_denoiser(placement), *self._attach_text_encoders()]
         groups = [group for group in groups if group.parameters]
         self._parameters = [parameter for group in groups for parameter in group.parameters]
+        for module in self.trainable.values():  # the others are written as they were read
+            forget_stored(module)
         if self.options.training.gradient_checkpointing:
             family.enable_gradient_checkpointing()
         self.recipe = LossRecipe.from_options(self.options, family)
