@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from library.checkpoints.tensors import save_tensors
 from library.options import make_options
 from library.options.errors import RunFailed
-from library.saving import SaveNames, Saver, place_model_folder, remove_leftovers
+from library.saving import SaveNames, Saver, alone, place_model_folder, remove_leftovers
 from library.training_state import (
     MODEL_FILE,
     Position,
@@ -26,7 +26,6 @@ from library.training_state import (
     read_progress,
     save_state,
 )
-from library.saving import alone
 from tests.training import PHOTOS, train, write_config
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are a matter of POSIX")

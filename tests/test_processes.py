@@ -23,6 +23,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def distributed_environment() -> dict[str, str]:
+    """One thread per process, on the processor."""
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
 def run_two_processes(out: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
     """Options that stand in `options` replace the defaults."""
     command = [
@@ -31,9 +36,8 @@ def run_two_processes(out: Path, *options: str | Path) -> subprocess.CompletedPr
         "--network_module", "networks.lora", "--network_dim", "2", "--max_data_loader_n_workers", "0", "--seed", "3",
         "--cache_latents_to_disk", "--learning_rate", "1e-3", "--output_dir", out, "--output_name", "run", *options,
     ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        list(map(str, command)), cwd=ROOT, env=distributed_environment(), capture_output=True, text=True, timeout=300, check=False
     )
 
 

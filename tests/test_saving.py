@@ -77,6 +77,19 @@ def test_step_saves_carry_the_number_of_completed_epochs(tmp_path):
     assert (tmp_path / "run-step00000030.safetensors").read_text() == "1 30"
 
 
+def test_states_may_be_kept_longer_than_models(tmp_path):
+    options = make_options(
+        output_dir=str(tmp_path), save_every_n_steps=10, save_last_n_steps=10, save_last_n_steps_state=20,
+        save_state=True,
+    )  # fmt: skip
+    saver = make_saver(options, tmp_path, [])
+    for step in range(1, 51):
+        saver.after_step(step, 0)
+    left = sorted(int(path.name[8:16]) for path in tmp_path.iterdir() if path.is_dir())
+    assert left == [30, 40, 50]
+    assert sorted(int(path.name[8:16]) for path in tmp_path.iterdir() if path.is_file()) == [40, 50]
+
+
 def test_step_plan_counts_as_users_know_it():
     options = make_options(max_train_epochs=10, gradient_accumulation_steps=4)
     plan = StepPlan.make(options, 103, 2)
