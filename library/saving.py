@@ -117,9 +117,18 @@ def replace_folder(scratch: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_model_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """A Diffusers folder that appears under its name only when `write` has completed it under another one."""
+    scratch = folder.with_name(f".{folder.name}.incomplete")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    write(scratch)
+    place_model_folder(scratch, folder)
+
+
 def place_model_folder(scratch: Path, folder: Path) -> None:
     """Move a complete Diffusers folder to its place. It replaces an earlier model; other files there are kept."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+    is_model = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    if folder.is_dir() and any(folder.iterdir()) and not is_model:
         shutil.copytree(scratch, folder, dirs_exist_ok=True)
         shutil.rmtree(scratch)
     else:
@@ -315,7 +324,7 @@ class Saver:
         model, state = self.names.last(), self.names.last_state()
         failures = [self._finally(model, lambda: self._model(model, epochs, step), self.models)]
         if self.options.saving.save_state or self.options.saving.save_state_on_train_end:
-            failures.append(self._finally(state, lambda: self._state(state), self.states))
+            failures.append(self._finally(state, lambda: self.write_state(state), self.states))
         told = [failure for failure in failures if failure]
         if told:
             kept = [*self.models.kept[-1:], *self.states.kept[-1:]]
@@ -328,7 +337,7 @@ class Saver:
         has_model = self._try(model.path, lambda: self._model(model.path, model.epoch, model.step))
         has_state = None
         if self.options.saving.save_state:
-            has_state = self._try(state.path, lambda: self._state(state.path))
+            has_state = self._try(state.path, lambda: self.write_state(state.path))
         self._rotate(self.models, model, failure=has_model)
         if self.options.saving.save_state:
             self._rotate(self.states, state, failure=has_state)
@@ -364,16 +373,14 @@ class Saver:
 
     def _model(self, path: Path, epoch: int, step: int) -> None:
         self.check()
+        if self.is_main_process:
+            print(f"\nsaving checkpoint: {path}", flush=True)
         self.phase(lambda: self._write_model(path, epoch, step))
 
     def _write_model(self, path: Path, epoch: int, step: int) -> None:
         if self.is_main_process:
             self.names.output_dir.mkdir(parents=True, exist_ok=True)
-            print(f"\nsaving checkpoint: {path}", flush=True)
             self.write_model(path, epoch, step)
-
-    def _state(self, path: Path) -> None:
-        self.write_state(path)
 
     def _remove(self, paths: Sequence[Path]) -> None:
         if self.is_main_process:

@@ -138,8 +138,8 @@ def change_of_loss(
     run_script(
         script, *map(str, (
             *case.words, *tokenizers, *(word for option in case.rate_options for word in (option, rate)),
-            "--dataset_config", data / f"{case.data}-{batches}.toml", "--cache_latents", "--max_data_loader_n_workers", 0,
-            "--seed", 42, "--min_timestep", 500, "--max_timestep", 501, "--max_train_steps", steps,
+            "--dataset_config", data / f"{case.data}-{batches}.toml", "--cache_latents", "--max_data_loader_n_workers",
+            0, "--seed", 42, "--min_timestep", 500, "--max_timestep", 501, "--max_train_steps", steps,
             "--output_dir", output, "--output_name", "run", "--save_model_as", "safetensors",
         )),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from library.checkpoints.tensors import save_tensors
 from library.options import make_options
 from library.options.errors import RunFailed
-from library.saving import SaveNames, Saver, alone, place_model_folder, remove_leftovers
+from library.saving import SaveNames, Saver, alone, remove_leftovers, write_model_folder
 from library.training_state import (
     MODEL_FILE,
     Position,
@@ -60,12 +60,13 @@ class TinyRun:
         if not self.is_folder:
             save_tensors(path, tensors)
             return
-        scratch = path.with_name(f".{path.name}.incomplete")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        (scratch / "model_index.json").write_text("{}")
-        save_tensors(scratch / "model.safetensors", tensors)
-        place_model_folder(scratch, path)
+
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            (folder / "model_index.json").write_text("{}")
+            save_tensors(folder / "model.safetensors", tensors)
+
+        write_model_folder(path, write)
 
     def write_state(self, path: Path) -> None:
         parts = TrainingParts(self.module, [self.optimizer], [self.schedule])
@@ -87,7 +88,8 @@ class TinyRun:
 
     def states(self) -> list[int]:
         """Steps of the states that can be resumed from; one that was put aside gets its name back for it."""
-        names = {path.name.removesuffix(".old") for path in self.folder.glob("run*-state*") if "incomplete" not in path.name}
+        found = [path.name for path in self.folder.glob("run*-state*") if "incomplete" not in path.name]
+        names = {name.removesuffix(".old") for name in found}
         steps = []
         for name in sorted(names):
             steps.append(read_progress(self.folder / name).position.step)
@@ -109,7 +111,9 @@ def test_a_save_that_fails_takes_nothing_away_and_the_next_one_makes_up_for_it(t
     run = TinyRun(tmp_path, save_last_n_steps=1)
     run.train(range(1, 3))
     assert names_in(tmp_path) == {
-        "run-step00000001.safetensors", "run-step00000001-state", "run-step00000002.safetensors",
+        "run-step00000001.safetensors",
+        "run-step00000001-state",
+        "run-step00000002.safetensors",
         "run-step00000002-state",
     }
     before = names_in(tmp_path)
@@ -121,7 +125,10 @@ def test_a_save_that_fails_takes_nothing_away_and_the_next_one_makes_up_for_it(t
     run.train(range(5, 6))
     run.end()
     assert names_in(tmp_path) == {
-        "run-step00000005.safetensors", "run-step00000005-state", "run.safetensors", "run-state",
+        "run-step00000005.safetensors",
+        "run-step00000005-state",
+        "run.safetensors",
+        "run-state",
     }
 
 
@@ -169,11 +176,24 @@ def test_a_script_that_cannot_write_goes_on_and_ends_with_status_1(tmp_path, cap
     (out / "run-step00000001.safetensors").mkdir()  # folders where files should be
     (out / "run.safetensors").mkdir()
     with pytest.raises(SystemExit) as ending:
-        train("--dataset_config", write_config(tmp_path, photos), "--cache_latents", "--max_train_steps", "2",
-              "--save_every_n_steps", "1", "--save_state_on_train_end", output_dir=out)
+        train(
+            "--dataset_config",
+            write_config(tmp_path, photos),
+            "--cache_latents",
+            "--max_train_steps",
+            "2",
+            "--save_every_n_steps",
+            "1",
+            "--save_state_on_train_end",
+            output_dir=out,
+        )
     assert ending.value.code == 1
-    assert names_in(out) == {"run-step00000001.safetensors", "run-step00000002.safetensors", "run.safetensors",
-                             "run-state"}
+    assert names_in(out) == {
+        "run-step00000001.safetensors",
+        "run-step00000002.safetensors",
+        "run.safetensors",
+        "run-state",
+    }
     assert len(load_file(out / "run-step00000002.safetensors")) == 612
     assert read_progress(out / "run-state").position.step == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error: the training is done" in line]
@@ -257,17 +277,30 @@ def test_a_rename_or_removal_that_fails_never_ends_a_run(tmp_path):
 # --- leftovers -------------------------------------------------------------------------------------------------
 def test_the_next_run_of_a_name_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
     own = [
-        ".run.safetensors.tmp", ".run-000002.safetensors.tmp", ".run.incomplete.safetensors",
-        "..run-step00000003.incomplete.safetensors.tmp", ".run_clip_l.safetensors.tmp",
+        ".run.safetensors.tmp",
+        ".run-000002.safetensors.tmp",
+        ".run.incomplete.safetensors",
+        "..run-step00000003.incomplete.safetensors.tmp",
+        ".run_clip_l.safetensors.tmp",
     ]
     others = [
-        ".running.safetensors.tmp", ".run-2.safetensors.tmp", "run.safetensors", "run.incomplete.txt",
-        ".other.incomplete.safetensors", "run_clip_l.safetensors", ".run.tmp",
+        ".running.safetensors.tmp",
+        ".run-2.safetensors.tmp",
+        "run.safetensors",
+        "run.incomplete.txt",
+        ".other.incomplete.safetensors",
+        "run_clip_l.safetensors",
+        ".run.tmp",
     ]
     for name in own + others:
         (tmp_path / name).write_text("x")
-    for name in ("run-000001-state.incomplete", "run-state.old", "run-state", "other-state.incomplete",
-                 "run-000002-state.old"):
+    for name in (
+        "run-000001-state.incomplete",
+        "run-state.old",
+        "run-state",
+        "other-state.incomplete",
+        "run-000002-state.old",
+    ):
         (tmp_path / name).mkdir()
     names = SaveNames(tmp_path, "run", ".safetensors")
     remove_leftovers(names, [tmp_path / "run_clip_l.safetensors"])
@@ -280,6 +313,7 @@ def test_a_script_begins_by_removing_them(tmp_path):
     out = tmp_path / "out"
     (out / "run-000007-state.incomplete").mkdir(parents=True)
     (out / ".run.incomplete.safetensors").write_text("half")
-    train("--dataset_config", write_config(tmp_path, photos), "--cache_latents", "--max_train_steps", "1",
-          output_dir=out)
+    train(
+        "--dataset_config", write_config(tmp_path, photos), "--cache_latents", "--max_train_steps", "1", output_dir=out
+    )
     assert names_in(out) == {"run.safetensors"}

@@ -37,8 +37,9 @@ def run_two_processes(out: Path, *options: str | Path) -> subprocess.CompletedPr
         "--cache_latents_to_disk", "--learning_rate", "1e-3", "--output_dir", out, "--output_name", "run", *options,
     ]  # fmt: skip
     return subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=distributed_environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+        list(map(str, command)), cwd=ROOT, env=distributed_environment(), capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
 
 
 def train_with_two_processes(out: Path, *options: str | Path) -> None:

@@ -282,8 +282,13 @@ def test_samples_are_due_every_so_many_steps_or_epochs():
 
 # --- logs and files ----------------------------------------------------------------------------------------------
 def test_a_tracker_gets_the_options_but_no_secret_and_no_path():
-    secret = {"wandb_api_key": "key-1", "huggingface_token": "key-2", "output_dir": "/home/me/out",
-              "pretrained_model_name_or_path": "/home/me/model", "sample_prompts": "/home/me/prompts"}
+    secret = {
+        "wandb_api_key": "key-1",
+        "huggingface_token": "key-2",
+        "output_dir": "/home/me/out",
+        "pretrained_model_name_or_path": "/home/me/model",
+        "sample_prompts": "/home/me/prompts",
+    }
     text = tracker_config(make_options(**secret, learning_rate=0.25, training_comment="plain"))
     stored = json.loads(text)
     assert stored["learning_rate"] == 0.25 and stored["training_comment"] == "plain"

@@ -34,7 +34,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_neither_writes_nor_removes(
     train("--dataset_config", config, *SAVING, "--max_train_steps", "4", output_dir=out)
     before = contents(out)
     assert {path.split("/")[0] for path in before} == {
-        "run-step00000003.safetensors", "run-step00000003-state", "run.safetensors", "run-state",
+        "run-step00000003.safetensors",
+        "run-step00000003-state",
+        "run.safetensors",
+        "run-state",
     }
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:
@@ -147,8 +150,18 @@ def test_a_gradient_scaler_may_skip_steps_but_not_for_ever():
 def test_two_processes_stop_together(tmp_path):
     photos = Path(shutil.copytree(PHOTOS, tmp_path / "photos"))
     config = write_config(tmp_path, photos)
-    result = run_two_processes(tmp_path / "out", "--dataset_config", config, "--max_train_steps", "6",
-                               "--learning_rate", "1e30", "--save_every_n_steps", "3", "--save_state")
+    result = run_two_processes(
+        tmp_path / "out",
+        "--dataset_config",
+        config,
+        "--max_train_steps",
+        "6",
+        "--learning_rate",
+        "1e30",
+        "--save_every_n_steps",
+        "3",
+        "--save_state",
+    )
     assert result.returncode == 1
     told = re.findall(r"training stopped in step \d .*not finite", result.stderr)
     assert len(told) == 2, result.stderr[-3000:]

@@ -52,8 +52,20 @@ def share_of_equal(before: dict[str, torch.Tensor], after: dict[str, torch.Tenso
 def test_vae_and_frozen_text_encoder_keep_their_bits(ending, tmp_path):
     model = tmp_path / f"model.{ending}"
     before = half(MODEL, model)
-    run_script("train_db", "--pretrained_model_name_or_path", model, "--dataset_config", dataset(tmp_path), *COMMON,
-               "--stop_text_encoder_training", "-1", "--save_model_as", "safetensors", "--output_dir", tmp_path / "out")
+    run_script(
+        "train_db",
+        "--pretrained_model_name_or_path",
+        model,
+        "--dataset_config",
+        dataset(tmp_path),
+        *COMMON,
+        "--stop_text_encoder_training",
+        "-1",
+        "--save_model_as",
+        "safetensors",
+        "--output_dir",
+        tmp_path / "out",
+    )
     after = load_file(tmp_path / "out" / "run.safetensors")
     assert share_of_equal(before, after, "first_stage_model.", "cond_stage_model.") == 1
     assert share_of_equal(before, after, "model.diffusion_model.") < 0.1
@@ -61,9 +73,20 @@ def test_vae_and_frozen_text_encoder_keep_their_bits(ending, tmp_path):
 
 def test_a_trained_text_encoder_is_written_as_trained_and_precision_is_that_of_the_option(tmp_path):
     before = half(MODEL, tmp_path / "model.safetensors")
-    run_script("train_db", "--pretrained_model_name_or_path", tmp_path / "model.safetensors", "--dataset_config",
-               dataset(tmp_path), *COMMON, "--save_model_as", "safetensors", "--save_precision", "float",
-               "--output_dir", tmp_path / "out")
+    run_script(
+        "train_db",
+        "--pretrained_model_name_or_path",
+        tmp_path / "model.safetensors",
+        "--dataset_config",
+        dataset(tmp_path),
+        *COMMON,
+        "--save_model_as",
+        "safetensors",
+        "--save_precision",
+        "float",
+        "--output_dir",
+        tmp_path / "out",
+    )
     after = load_file(tmp_path / "out" / "run.safetensors")
     assert {tensor.dtype for tensor in after.values() if tensor.is_floating_point()} == {torch.float32}
     exact = {key: value.float() if value.is_floating_point() else value for key, value in before.items()}
@@ -76,13 +99,26 @@ def test_every_encoder_of_larger_models_keeps_its_bits_in_files_and_folders(tmp_
     before = half(SDXL_MODEL, tmp_path / "model.safetensors")
     vae = {key.removeprefix("first_stage_model."): value for key, value in before.items() if "first_stage" in key}
     save_file({key: value.float() * 1.001 for key, value in vae.items()}, tmp_path / "vae.safetensors")
-    common = ("--pretrained_model_name_or_path", tmp_path / "model.safetensors", "--dataset_config", dataset(tmp_path),
-              *COMMON)
+    common = (
+        "--pretrained_model_name_or_path",
+        tmp_path / "model.safetensors",
+        "--dataset_config",
+        dataset(tmp_path),
+        *COMMON,
+    )
     run_script("sdxl_train", *common, "--save_model_as", "safetensors", "--output_dir", tmp_path / "file")
     after = load_file(tmp_path / "file" / "run.safetensors")
     assert share_of_equal(before, after, "first_stage_model.", "conditioner.") == 1
-    run_script("sdxl_train", *common, "--save_model_as", "diffusers_safetensors", "--vae", tmp_path / "vae.safetensors",
-               "--output_dir", tmp_path / "folder")
+    run_script(
+        "sdxl_train",
+        *common,
+        "--save_model_as",
+        "diffusers_safetensors",
+        "--vae",
+        tmp_path / "vae.safetensors",
+        "--output_dir",
+        tmp_path / "folder",
+    )
     written = load_file(tmp_path / "folder" / "run" / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.float32}
     text = load_file(tmp_path / "folder" / "run" / "text_encoder" / "model.safetensors")
@@ -96,8 +132,16 @@ def test_the_vae_of_a_transformer_model_keeps_its_bits(tmp_path):
     model = Path(words[words.index("--pretrained_model_name_or_path") + 1])
     before = half(model, tmp_path / "model.safetensors")
     words[words.index("--pretrained_model_name_or_path") + 1] = tmp_path / "model.safetensors"
-    run_script("sd3_train", *words, "--dataset_config", dataset(tmp_path), *COMMON, "--cache_text_encoder_outputs",
-               "--output_dir", tmp_path / "out")
+    run_script(
+        "sd3_train",
+        *words,
+        "--dataset_config",
+        dataset(tmp_path),
+        *COMMON,
+        "--cache_text_encoder_outputs",
+        "--output_dir",
+        tmp_path / "out",
+    )
     after = load_file(tmp_path / "out" / "run.safetensors")
     assert share_of_equal(before, after, "first_stage_model.") == 1
 

@@ -40,7 +40,11 @@ class _Stored:
 
 
 def fill_from_file(
-    module: nn.Module, tensors: Mapping[str, Tensor], *, component: str, dtype: torch.dtype | None,
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    component: str,
+    dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
 ) -> None:
     """`fill_module`, which inside `remembering` also remembers what a cast to `dtype` takes away.

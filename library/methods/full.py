@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from library.checkpoints.stored import forget_stored
 from library.families.base import ModelFamily
 from library.methods.base import LossRecipe, ParameterGroup, Placement, TrainingMethod
 from library.options import Options
-from library.saving import place_model_folder
+from library.saving import write_model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -179,13 +178,13 @@ class FullTraining(TrainingMethod):
         self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], counters: tuple[int, int] = (0, 0)
     ) -> None:
         """The whole model; a folder appears under its name only when complete."""
+        def write(place: Path) -> None:
+            self.family.save(place, layout=self.layout, dtype=dtype, metadata=metadata, counters=counters)
+
         if self.file_extension:
-            self.family.save(path, layout=self.layout, dtype=dtype, metadata=metadata, counters=counters)
-            return
-        scratch = path.with_name(f".{path.name}.incomplete")
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-        self.family.save(scratch, layout=self.layout, dtype=dtype, metadata=metadata, counters=counters)
-        place_model_folder(scratch, path)
+            write(path)
+        else:
+            write_model_folder(path, write)
 
     def companion_files(self, path: Path) -> list[Path]:
         """What the family writes beside its model file."""
