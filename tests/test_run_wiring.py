@@ -100,7 +100,7 @@ def test_the_weight_of_regularisation_pictures_scales_their_loss(tmp_path, fresh
         shutil.copy(FOLDER / "dataset" / f"{name}.png", tmp_path / folder)
     run = network_run(
         tmp_path, dataset_config=None, train_data_dir=str(tmp_path / "train"), reg_data_dir=str(tmp_path / "reg"),
-        resolution="64", prior_loss_weight=0.25,
+        resolution=(64, 64), prior_loss_weight=0.25,
     )  # fmt: skip
     group = training_loop.load_data(run.options, run.method, SupportedKinds(), 1, is_main_process=True)
     batches = [group[BatchRequest(epoch=1, index=index, step=0)] for index in range(len(group))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,8 +30,7 @@ def images() -> torch.Tensor:
 
 def test_a_batch_is_encoded_at_once_unless_a_number_is_given(images, tmp_path, fresh_process):  # noqa: F811
     run = start_run("train_textual_inversion", output_dir=tmp_path)
-    batch = batch_of(run, "a", "b", "c")
-    batch.latents, batch.images = None, images
+    batch = replace(batch_of(run, "a", "b", "c"), latents=None, images=images)
     method = run.method
     at_once = encoded(method.family, images)
     assert torch.equal(latents_of(method, batch), at_once)

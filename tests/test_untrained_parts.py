@@ -162,8 +162,9 @@ def file(tmp_path) -> Path:
 def test_only_what_a_cast_takes_away_is_remembered_and_only_when_asked_for(file):
     assert weights_of(filled(file, torch.bfloat16))["weight"].dtype == torch.bfloat16
     with remembering():
-        assert weights_of(filled(file, torch.float32))["weight"].dtype == torch.float32
-        module = filled(file, torch.bfloat16)
+        exact, module = filled(file, torch.float32), filled(file, torch.bfloat16)
+    assert weights_of(exact)["weight"].dtype == torch.float32
+    assert torch.equal(weights_of(exact.bfloat16())["weight"], load_file(file)["weight"])
     assert torch.equal(weights_of(module)["weight"], load_file(file)["weight"])
     forget_stored(module)
     assert weights_of(module)["weight"].dtype == torch.bfloat16

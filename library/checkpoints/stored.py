@@ -47,13 +47,12 @@ def fill_from_file(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """`fill_module`, which inside `remembering` also remembers what a cast to `dtype` takes away.
+    """`fill_module`, which inside `remembering` also remembers where the tensors come from.
 
     Of safetensors files only the place is remembered; tensors of a pickle stay in memory until `forget_stored`.
     """
     fill_module(module, tensors, component=component, dtype=dtype, device=device)
-    kinds = {kind for kind in dtypes_of(tensors).values() if kind.is_floating_point}
-    if not _is_remembering.get() or dtype is None or all(torch.promote_types(kind, dtype) == dtype for kind in kinds):
+    if not _is_remembering.get():
         return
     source = Path(str(getattr(tensors, "source", "")))
     if source.is_file() and is_safetensors(shard_paths(source)[0]):
@@ -70,16 +69,27 @@ def forget_stored(module: Any) -> None:
 
 
 def weights_of(module: nn.Module) -> Mapping[str, Tensor]:
-    """What to write for a module: the tensors it was filled with unless they were forgotten, else its own."""
+    """What to write for a module: its own tensors, or those it was filled with where its dtype took something away."""
     stored: _Stored | None = getattr(module, _ATTRIBUTE, None)
-    if stored is None:
-        return module.state_dict()
+    own = module.state_dict()
+    if stored is None or _can_hold(own, stored.tensors):
+        return own
     changed = [path for path, identity in stored.files.items() if not path.is_file() or _identity(path) != identity]
     if changed:
         logger.warning("%s has changed since it was read: parts that are not trained are rounded.", changed[0])
         forget_stored(module)
-        return module.state_dict()
+        return own
     return stored.tensors
+
+
+def _can_hold(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
+    """Whether every floating tensor of a module has room for all values of the one it was filled with."""
+    dtypes = dtypes_of(stored)
+    return all(
+        torch.promote_types(dtypes[key], tensor.dtype) == tensor.dtype
+        for key, tensor in own.items()
+        if tensor.is_floating_point()
+    )
 
 
 def _identity(path: Path) -> tuple[int, int]:
