@@ -13,6 +13,7 @@ import torch
 from library.checkpoints import layout_clip, layout_flux, layout_t5
 from library.checkpoints.folders import part_file, read_config
 from library.checkpoints.recognition import ModelKind, check_not_quantised, recognise
+from library.checkpoints.stored import weights_of
 from library.checkpoints.tensors import LazyTensors, RenamedTensors, open_tensors, shapes_of
 from library.encoder_files import EncoderKind, EncoderSource, find_encoder
 from library.model_files import (
@@ -215,7 +216,7 @@ def save_transformer(
     `counters` = (epochs, steps) of this run, added to those of a pickled source; only pickles hold them.
     """
     write_single_file(
-        path, modules.transformer.state_dict(), components=("",), dtype=dtype, metadata=metadata,
+        path, weights_of(modules.transformer), components=("",), dtype=dtype, metadata=metadata,
         counters=total_counters(modules.source, counters),
     )  # fmt: skip
 
@@ -233,7 +234,7 @@ def save_diffusers_folder(
     An encoder that has been released is read again from where it came from.
     """
     folder = PipelineFolder(path, dtype=dtype, use_safetensors=use_safetensors)
-    state, axes = modules.transformer.state_dict(), modules.transformer.params.axes_dims
+    state, axes = weights_of(modules.transformer), modules.transformer.params.axes_dims
     config = layout_flux.diffusers_config(shapes_of(state), axes_dims=axes)
     folder.add_weights(_TRANSFORMER, config, layout_flux.to_diffusers(state))
     folder.add_module("vae", modules.ae)

@@ -22,7 +22,7 @@ from library import logs, preflight
 from library.config_util import ConfigError, SupportedKinds, load_data_config, unsupported_data
 from library.options.checks import published_by_wandb
 from library.options.declare import OptionSpec, specs_of
-from library.options.errors import UserError
+from library.options.errors import RunFailed, UserError
 from library.options.not_yet import unsupported
 from library.options.script_options import ScriptOptions
 from library.options.suggestions import meaning
@@ -30,7 +30,7 @@ from library.options.toml_file import ConfigFile, config_path, read_config, writ
 
 logger = logging.getLogger(__name__)
 
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 MISTAKES = (ValueError, ImportError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -300,7 +300,8 @@ def exit_status(name: str) -> Iterator[None]:
     """What is done inside ends the process the way users of the script `name` expect.
 
     A user's mistake prints one line per mistake, then the warnings that may explain them, and exits with status 2, an
-    interrupt with 130, a termination with 143; any other failure leaves as the exception that it is (status 1).
+    interrupt with 130, a termination with 143; a failure of a run that has a name prints its line (status 1), any
+    other leaves as the exception that it is (status 1).
     """
     try:
         with _termination_as_exit():
@@ -310,14 +311,14 @@ def exit_status(name: str) -> Iterator[None]:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of the output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except MISTAKES as error:
+    except (*MISTAKES, RunFailed) as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             traceback.print_exc()
         for line in _lines(error):
             print(f"{name}: error: {line}", file=sys.stderr)
         for hint in error.hints if isinstance(error, UserError) else ():
             print(f"{name}: warning: {hint}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(FAILED if isinstance(error, RunFailed) else USER_ERROR)
 
 
 def _main(script: Script, argv: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from library.checkpoints.folders import (
     write_json,
     write_part,
 )
+from library.checkpoints.stored import weights_of
 from library.checkpoints.tensors import (
     Operation,
     RenamedTensors,
@@ -183,7 +184,7 @@ class PipelineFolder:
 
     def add_module(self, part: str, module: Any) -> None:
         """A diffusers module as it is."""
-        self.add_weights(part, module_config(module), module.state_dict())
+        self.add_weights(part, module_config(module), weights_of(module))
 
     def add_text_encoder(self, part: str, encoder: ClipTextEncoder | T5TextEncoder) -> None:
         """A CLIP or T5 encoder. CLIP keys carry the `text_model.` level, which older libraries need."""
@@ -196,7 +197,7 @@ class PipelineFolder:
         config["dtype"] = str(self._dtype or encoder.dtype).removeprefix("torch.")
         write_json(self.folder / part / "config.json", config)
         file = "model.safetensors" if self._use_safetensors else "pytorch_model.bin"
-        write_part(self.folder / part / file, encoder.state_dict(), self._dtype)
+        write_part(self.folder / part / file, weights_of(encoder), self._dtype)
         self._components[part] = ("transformers", name)
 
     def add_scheduler(self, config: Mapping[str, Any]) -> None:

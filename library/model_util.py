@@ -14,9 +14,10 @@ from library import model_files
 from library.checkpoints import layout_sd, layout_unet
 from library.checkpoints.folders import part_file, read_config
 from library.checkpoints.recognition import ModelKind, check_not_quantised, recognise, require_kind
-from library.checkpoints.tensors import RenamedTensors, Shapes, fill_module, open_tensors, shapes_of
+from library.checkpoints.stored import fill_from_file, weights_of
+from library.checkpoints.tensors import RenamedTensors, Shapes, open_tensors, shapes_of
 from library.model_files import DENOISER, TEXT, VAE, PipelineFolder, locate, recorded_prediction_type, scheduler_config
-from library.models.layers import rename_time_embedding
+from library.models.layers import accept_single_values, rename_time_embedding
 from library.models.text_encoders import ClipTextEncoder, build_clip
 from library.models.vae import build_vae, load_vae
 from library.text.clip import ClipTokenizer
@@ -149,7 +150,8 @@ def build_unet(
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel(**arguments)
     rename_time_embedding(unet)
-    fill_module(unet, layout_unet.to_diffusers(tensors), component="U-Net", dtype=dtype, device=device)
+    accept_single_values(unet)
+    fill_from_file(unet, layout_unet.to_diffusers(tensors), component="U-Net", dtype=dtype, device=device)
     return unet.eval().requires_grad_(False)
 
 
@@ -213,8 +215,8 @@ def save_checkpoint(
     last text block of SD2); what belongs to no component keeps its bits (EMA copies are dropped). `counters` =
     (epochs, steps) of this run, added to those of a pickled source.
     """
-    vae = None if modules.vae is None else modules.vae.state_dict()
-    trained = layout_sd.to_single_file(modules.unet.state_dict(), modules.text_encoder.state_dict(), vae, v2=v2)
+    vae = None if modules.vae is None else weights_of(modules.vae)
+    trained = layout_sd.to_single_file(weights_of(modules.unet), weights_of(modules.text_encoder), vae, v2=v2)
     tensors: dict[str, Tensor] = dict(trained)
     source = open_tensors(modules.source) if modules.is_single_file and modules.source.is_file() else None
     if source is not None:

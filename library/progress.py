@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class RunLog:
 
         self._run = run
         self._group_names = group_names
+        self._norms: dict[str, Any] = {}  # of the last optimizer step with --scale_weight_norms
         accelerator, options = run.accelerator, run.options
         self.has_trackers = bool(accelerator.log_with)
         if self.has_trackers:
@@ -67,25 +69,34 @@ class RunLog:
         run = self._run
         if synced:
             self._bar.update(1)
-        postfix: dict[str, Any] = {"avr_loss": run.losses.average}
         if "max_norm/keys_scaled" in outcome.scalars:
-            postfix["Keys Scaled"] = int(outcome.scalars["max_norm/keys_scaled"])
-            postfix["Average key norm"] = outcome.scalars["norm/avg_key_norm"]
-        self._bar.set_postfix(postfix)
+            self._norms["Keys Scaled"] = int(outcome.scalars["max_norm/keys_scaled"])
+            self._norms["Average key norm"] = outcome.scalars["norm/avg_key_norm"]
+        self._bar.set_postfix({"avr_loss": run.losses.average} | self._norms)
         if self.has_trackers:
             scalars = {"loss/current": outcome.loss, "loss/average": run.losses.average}
             self.scalars(scalars | self._learning_rates() | dict(outcome.scalars), step=run.position.step)
 
     def scalars(self, values: Mapping[str, float], *, step: int) -> None:
-        """Hand scalars to the trackers."""
+        """Hand scalars to the trackers; one that cannot write (no space) is left alone from then on."""
         if self.has_trackers:
-            self._run.accelerator.log(dict(values), step=step)
+            with self._tracker_trouble():
+                self._run.accelerator.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Finish the bar and the trackers."""
+        """Finish the bar and the trackers; the last thing of a run, as processes part here."""
         self._bar.close()
         if self.has_trackers:
-            self._run.accelerator.end_training()
+            with self._tracker_trouble():
+                self._run.accelerator.end_training()
+
+    @contextmanager
+    def _tracker_trouble(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.error("the logs cannot be written any more, training goes on without them: %s", error)
+            self.has_trackers = False
 
     def _learning_rates(self) -> dict[str, float]:
         run = self._run

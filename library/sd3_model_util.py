@@ -13,6 +13,7 @@ import torch
 
 from library.checkpoints import layout_sd3, layout_t5
 from library.checkpoints.folders import part_file
+from library.checkpoints.stored import weights_of
 from library.checkpoints.tensors import LazyTensors, is_safetensors, open_tensors, save_tensors, shapes_of
 from library.encoder_files import EncoderKind, EncoderSource, find_encoder
 from library.model_files import (
@@ -187,10 +188,10 @@ def save_checkpoint(
     steps) of this run, added to those of a pickled source; only pickles hold them.
     """
     for name in with_encoders:
-        state = modules.encoders[name].state_dict()
+        state = weights_of(modules.encoders[name])
         save_tensors(companion(path, name), state, metadata={"format": "pt"}, dtype=dtype)
     write_single_file(
-        path, layout_sd3.to_single_file(modules.mmdit.state_dict(), modules.vae.state_dict()), components=("",),
+        path, layout_sd3.to_single_file(weights_of(modules.mmdit), weights_of(modules.vae)), components=("",),
         dtype=dtype, metadata=metadata, counters=total_counters(modules.source, counters),
     )  # fmt: skip
 
@@ -213,7 +214,7 @@ def save_diffusers_folder(
     An encoder that has been released is read again from where it came from.
     """
     folder = PipelineFolder(path, dtype=dtype, use_safetensors=use_safetensors)
-    state = modules.mmdit.state_dict()
+    state = weights_of(modules.mmdit)
     folder.add_weights("transformer", layout_sd3.diffusers_config(shapes_of(state)), layout_sd3.to_diffusers(state))
     folder.add_module("vae", modules.vae)
     for kind in ENCODERS:

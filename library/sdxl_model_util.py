@@ -14,6 +14,7 @@ from library import model_files
 from library.checkpoints import layout_sdxl, layout_unet
 from library.checkpoints.folders import part_file, read_config
 from library.checkpoints.recognition import ModelKind, recognise, require_kind
+from library.checkpoints.stored import weights_of
 from library.checkpoints.tensors import LazyTensors, open_tensors
 from library.model_files import (
     DENOISER,
@@ -166,8 +167,8 @@ def save_checkpoint(
     source = open_tensors(modules.source) if modules.is_single_file and modules.source.is_file() else None
     has_scale = source is not None and layout_sdxl.LOGIT_SCALE in source
     tensors = layout_sdxl.to_single_file(
-        modules.unet.state_dict(), modules.text_encoder1.state_dict(), modules.text_encoder2.state_dict(),
-        modules.vae.state_dict(), logit_scale=source[layout_sdxl.LOGIT_SCALE] if source and has_scale else None,
+        weights_of(modules.unet), weights_of(modules.text_encoder1), weights_of(modules.text_encoder2),
+        weights_of(modules.vae), logit_scale=source[layout_sdxl.LOGIT_SCALE] if source and has_scale else None,
     )  # fmt: skip
     if source is not None:
         tensors.update(layout_sdxl.preserved_tensors(source, tensors))
@@ -188,7 +189,7 @@ def save_diffusers_folder(
 ) -> None:
     """Writes a pipeline folder (U-Net, VAE, both encoders, scheduler, tokenizers if at hand) without a network."""
     target = PipelineFolder(folder, dtype=dtype, use_safetensors=use_safetensors)
-    unet = modules.unet.state_dict()
+    unet = weights_of(modules.unet)
     target.add_weights("unet", unet_folder_config(modules), layout_unet.to_diffusers(unet))
     target.add_module("vae", modules.vae)
     target.add_text_encoder("text_encoder", modules.text_encoder1)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from library.data.minimal_dataset import MinimalDataset as MinimalDataset
 from library.data.records import Batch
 from library.families.base import ModelFamily
+from library.finite import BatchResult, StepGuard, check_writable, total_norm
 from library.memory.fused_step import FusedBackward, FusedOptimizers, FusedStep, pieces_by_block, pieces_by_count
 from library.methods.base import ParameterGroup, TrainingMethod
 from library.optimizers import CreatedOptimizer, create_optimizer
 from library.options.errors import UserError
 from library.options.namespaces import read_config_from_file as read_config_from_file
 from library.options.namespaces import verify_command_line_training_args as verify_command_line_training_args
-from library.saving import saving_words
+from library.saving import saving_words, together
 from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
 
 if TYPE_CHECKING:
@@ -312,6 +313,7 @@ class Run:
     losses: LossRecorder = field(default_factory=LossRecorder)
 
     def __post_init__(self) -> None:
+        self._guard = StepGuard(self.options, self.accelerator)
         module = LossModule(self.method)
         if self.optimizers.fused:  # these step and schedule themselves, in one process
             self.model = self.accelerator.prepare(module)
@@ -338,33 +340,59 @@ class Run:
     def step(
         self, batch: Batch, *, sync: bool, timesteps: Tensor | None = None, noise: Tensor | None = None
     ) -> StepOutcome:
-        """Forward, backward and, at the end of an accumulation window, one optimizer step."""
+        """Forward, backward and, at the end of an accumulation window, one optimizer step.
+
+        Raises RunFailed at the first loss or gradient that is not finite.
+        """
         accelerator, method = self.accelerator, self.method
         accelerator.sync_gradients = sync
+        rate = max(self.scheduled_rates())
         method.on_step_start()
         with nullcontext() if sync else accelerator.no_sync(self.model):
-            loss = self.model(batch, timesteps, noise).mean()
+            losses = self.model(batch, timesteps, noise)
             if self.optimizers.fused:
                 self.optimizers.fused.begin(is_last=sync)
-            accelerator.backward(loss)
-        grad_norm = self._update() if sync else None
-        return StepOutcome(float(loss.detach()), grad_norm, method.after_step(synced=sync))
+            accelerator.backward(losses.mean())
+        norm = self._update() if sync else None
+        was_skipped = sync and not self.optimizers.fused and bool(self._stepper.step_was_skipped)
+        result = BatchResult(losses, batch.image_keys, norm, was_skipped)
+        loss, grad_norm = self._guard.read(result, sync=sync, position=self.position, rate=rate)
+        is_clipped = self.options.optimizer.max_grad_norm and not self.optimizers.fused
+        return StepOutcome(loss, grad_norm if is_clipped else None, method.after_step(synced=sync))
 
-    def _update(self) -> float | None:
-        """One optimizer step on complete gradients; returns their norm before clipping."""
+    def _update(self) -> Tensor | float | None:
+        """One optimizer step on complete gradients; returns their norm before clipping, unread."""
         if self.optimizers.fused:
-            self.optimizers.fused.finish()
+            norm = self.optimizers.fused.finish()
             for schedule in self.optimizers.schedules:
                 schedule.step()
-            return None
-        norm, max_norm = None, self.options.optimizer.max_grad_norm
+            return norm
+        max_norm = self.options.optimizer.max_grad_norm
         if max_norm:
             norm = self.accelerator.clip_grad_norm_(self.method.trained_parameters(), max_norm)
+        else:
+            norm = None if self.accelerator.scaler else total_norm(self.method.trained_parameters())
         self.method.before_optimizer_step()
         self._stepper.step()
         self._schedule.step()
         self._stepper.zero_grad(set_to_none=True)
-        return None if norm is None else float(norm)
+        return norm
+
+    def check_weights(self, dtype: torch.dtype | None = None) -> None:
+        """Raises RunFailed if a trained weight is not finite, or would not be when it is saved in `dtype`."""
+        parameters = self.method.trainable.named_parameters()
+        check_writable(parameters, dtype=dtype, what="the trained weights", options=self.options)
+
+    def _check_optimizers(self) -> None:
+        for created in self.optimizers.created:
+            states = enumerate(created.optimizer.state.values())
+            tensors = (
+                (f"{name} of parameter {number}", value)
+                for number, state in states
+                for name, value in state.items()
+                if isinstance(value, Tensor) and value.numel() > 1
+            )
+            check_writable(tensors, dtype=None, what="the optimizer", options=self.options)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -386,11 +414,13 @@ class Run:
         """Write everything that an exact continuation needs; call on every process."""
         progress = SavedProgress(self.position, self.seed, self.plan.batches_per_epoch, list(self.losses.losses))
         accelerator = self.accelerator
+        self.check_weights()
+        self._check_optimizers()
         if accelerator.is_main_process:
             print(f"\n{saving_words(folder)}: {folder}", flush=True)
         save_state(
             folder, self._parts(), progress, rank=accelerator.process_index,
-            is_main_process=accelerator.is_main_process, wait=accelerator.wait_for_everyone,
+            is_main_process=accelerator.is_main_process, phase=together(accelerator),
         )
 
     def resume(self, folder: Path, progress: SavedProgress) -> None:

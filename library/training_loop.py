@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from library.caching import (
     released_text_encoders,
     text_encoding,
 )
+from library.checkpoints.stored import remembering
 from library.config_util import SupportedKinds, describe, load_data_config
 from library.data.cache import check_cacheable
 from library.data.custom_group import load_dataset_class
@@ -37,7 +39,7 @@ from library.methods.base import ParameterGroup, Placement, TrainingMethod
 from library.options import non_default
 from library.options.errors import UserError
 from library.preflight.rooms import room_problems
-from library.saving import SaveNames, Saver
+from library.saving import SaveNames, Saver, remove_leftovers, together
 from library.train_util import (
     OptimizerSet,
     Precision,
@@ -170,10 +172,11 @@ def load_models(
 ) -> Placement:
     """Files -> modules, and the caches that only need frozen models; the order keeps peak memory low."""
     precision, placement = Precision.from_options(options), placement_for(options, accelerator)
-    family.load(
-        weight_dtype=method.loading_dtype(placement), vae_dtype=precision.vae,
-        device=accelerator.device if options.training.lowram else torch.device("cpu"),
-    )
+    with remembering() if method.writes_whole_model else nullcontext():
+        family.load(
+            weight_dtype=method.loading_dtype(placement), vae_dtype=precision.vae,
+            device=accelerator.device if options.training.lowram else torch.device("cpu"),
+        )
     method.before_caching(placement)
     family.vae.to(accelerator.device)
     if options.cache.cache_latents:
@@ -226,9 +229,20 @@ class Outputs:
 def run_epochs(
     run: Run, group: DatasetGroup, groups: list[ParameterGroup], sampler: TrainingSampler, started_at: float
 ) -> None:
-    """The loop: epochs, batches, and what is due between them."""
-    options, accelerator, plan, method = run.options, run.accelerator, run.plan, run.method
+    """The loop: epochs, batches, what is due between them, and the end."""
+    accelerator, plan = run.accelerator, run.plan
     out = make_outputs(run, group, groups, sampler, started_at)
+    try:
+        train_epochs(run, group, out)
+        out.saver.at_end(plan.epochs, run.position.step)
+    finally:
+        out.log.close()
+    accelerator.print("model saved.")
+
+
+def train_epochs(run: Run, group: DatasetGroup, out: Outputs) -> None:
+    """Every epoch from the run's position on, with the saves and samples that are due before the end."""
+    options, accelerator, plan, method = run.options, run.accelerator, run.plan, run.method
     loader = BatchLoader(
         group, accumulation=plan.accumulation, rank=accelerator.process_index, world_size=accelerator.num_processes,
         num_workers=options.dataset.max_data_loader_n_workers,
@@ -259,10 +273,6 @@ def run_epochs(
         out.log.scalars({"loss/epoch_average": run.losses.average}, step=epoch)
         out.saver.after_epoch(epoch, plan.epochs, run.position.step)
         sample(run, out, epoch=epoch, step=run.position.step, is_due=is_sample_epoch(options, epoch))
-
-    out.log.close()
-    out.saver.at_end(plan.epochs, run.position.step)
-    accelerator.print("model saved.")
 
 
 def is_sample_step(options: Options, step: int) -> bool:
@@ -301,8 +311,10 @@ def make_outputs(
 
     saver = Saver(
         options, names, run.plan.save_every_n_epochs(options), accelerator.is_main_process, write_model, run.save_state,
-        accelerator.wait_for_everyone, method.companion_files,
+        together(accelerator), method.companion_files, lambda: run.check_weights(precision.save),
     )
+    if accelerator.is_main_process:
+        remove_leftovers(names, method.companion_files(names.last()))
     skipped = options.training.skip_until_initial_step
     done = run.position.step
     log = progress.RunLog(

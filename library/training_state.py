@@ -23,7 +23,7 @@ from library.optimizer_state import (
     optimizer_state_tensors,
     scheduler_state,
 )
-from library.saving import replace_folder
+from library.saving import Phase, SaveFailed, replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -79,30 +79,48 @@ def optimizer_files(folder: Path, number: int) -> tuple[Path, Path]:
 
 
 def save_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, rank: int, is_main_process: bool,
-               wait: Any) -> None:
-    """Write a state folder; it appears under its name only when complete. `wait` is a barrier for all processes."""
+               phase: Phase) -> None:
+    """Write a state folder; it appears under its name only when complete. Call on every process.
+
+    Raises SaveFailed, on all of them and with nothing left, when one cannot write.
+    """
     scratch = folder.with_name(f"{folder.name}.incomplete")
-    if is_main_process:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    wait()
-    _save_random_states(scratch, rank)
-    if is_main_process:
-        save_tensors(scratch / MODEL_FILE, parts.trainable.state_dict(), metadata={"format": "pt"})
-        for number, optimizer in enumerate(parts.optimizers):
-            tensors, settings = optimizer_state_tensors(optimizer)
-            tensors_file, settings_file = optimizer_files(scratch, number)
-            save_tensors(tensors_file, tensors, metadata={"format": "pt"})
-            _write_json(settings_file, settings)
-        scaler = parts.scaler.state_dict() if parts.scaler is not None else None
-        first, *further = [scheduler_state(schedule) for schedule in parts.lr_schedulers]
-        schedule = {"scheduler": first, "further_schedulers": further, "scaler": scaler}
-        _write_json(scratch / SCHEDULER_FILE, schedule)
-        _write_json(scratch / POSITION_FILE, _position_json(progress))
-    wait()
-    if is_main_process:
-        replace_folder(scratch, folder)
-    wait()
+
+    def prepare() -> None:
+        if is_main_process:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+
+    def write() -> None:
+        _save_random_states(scratch, rank)
+        if is_main_process:
+            _write_parts(scratch, parts, progress)
+
+    def finish() -> None:
+        if is_main_process:
+            replace_folder(scratch, folder)
+
+    try:
+        for action in (prepare, write, finish):
+            phase(action)
+    except SaveFailed:
+        if is_main_process:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _write_parts(scratch: Path, parts: TrainingParts, progress: SavedProgress) -> None:
+    save_tensors(scratch / MODEL_FILE, parts.trainable.state_dict(), metadata={"format": "pt"})
+    for number, optimizer in enumerate(parts.optimizers):
+        tensors, settings = optimizer_state_tensors(optimizer)
+        tensors_file, settings_file = optimizer_files(scratch, number)
+        save_tensors(tensors_file, tensors, metadata={"format": "pt"})
+        _write_json(settings_file, settings)
+    scaler = parts.scaler.state_dict() if parts.scaler is not None else None
+    first, *further = [scheduler_state(schedule) for schedule in parts.lr_schedulers]
+    schedule = {"scheduler": first, "further_schedulers": further, "scaler": scaler}
+    _write_json(scratch / SCHEDULER_FILE, schedule)
+    _write_json(scratch / POSITION_FILE, _position_json(progress))
 
 
 def read_progress(folder: Path) -> SavedProgress:

@@ -23,17 +23,27 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def train_with_two_processes(out: Path, *options: str | Path) -> None:
+def distributed_environment() -> dict[str, str]:
+    """One thread per process, on the processor."""
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def run_two_processes(out: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
+    """Options that stand in `options` replace the defaults."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
         "train_network.py", "--pretrained_model_name_or_path", MODEL, "--tokenizer_cache_dir", TOKENIZERS,
         "--network_module", "networks.lora", "--network_dim", "2", "--max_data_loader_n_workers", "0", "--seed", "3",
         "--cache_latents_to_disk", "--learning_rate", "1e-3", "--output_dir", out, "--output_name", "run", *options,
     ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=distributed_environment(), capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+
+
+def train_with_two_processes(out: Path, *options: str | Path) -> None:
+    result = run_two_processes(out, *options)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

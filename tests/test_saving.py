@@ -62,7 +62,7 @@ def test_rotation_keeps_the_last_epochs_and_never_saves_the_final_epoch_twice(tm
     assert left == {
         "run-000003.safetensors", "run-000004.safetensors", "run-000004-state", "run.safetensors", "run-state",
     }
-    assert events[-2:] == ["state run-state", "model run.safetensors"]
+    assert events[-2:] == ["model run.safetensors", "state run-state"]
     assert (tmp_path / "run.safetensors").read_text() == "5 50"
     assert f"saving checkpoint: {tmp_path / 'run.safetensors'}" in capsys.readouterr().out.splitlines()
 
@@ -75,6 +75,19 @@ def test_step_saves_carry_the_number_of_completed_epochs(tmp_path):
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"run-step00000030.safetensors", "run-step00000040.safetensors"}
     assert (tmp_path / "run-step00000030.safetensors").read_text() == "1 30"
+
+
+def test_states_may_be_kept_longer_than_models(tmp_path):
+    options = make_options(
+        output_dir=str(tmp_path), save_every_n_steps=10, save_last_n_steps=10, save_last_n_steps_state=20,
+        save_state=True,
+    )  # fmt: skip
+    saver = make_saver(options, tmp_path, [])
+    for step in range(1, 51):
+        saver.after_step(step, 0)
+    left = sorted(int(path.name[8:16]) for path in tmp_path.iterdir() if path.is_dir())
+    assert left == [30, 40, 50]
+    assert sorted(int(path.name[8:16]) for path in tmp_path.iterdir() if path.is_file()) == [40, 50]
 
 
 def test_step_plan_counts_as_users_know_it():

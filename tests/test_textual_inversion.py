@@ -21,6 +21,7 @@ from tests.test_processes import free_port
 from tests.training import MODEL, TOKENIZERS
 
 SD, SDXL = "train_textual_inversion", "sdxl_train_textual_inversion"
+XTI = "train_textual_inversion_XTI"
 SDXL_MODEL = FOLDER / "models" / "sdxl_tiny.safetensors"
 
 
@@ -64,6 +65,16 @@ def test_the_loss_falls_and_only_the_new_rows_change(script, tmp_path):
                 assert torch.equal(value[: table.first], values[name][: table.first])
                 assert (value[table.first :] != values[name][table.first :]).any(dim=1).all()
     assert len(changed) == len(tables)
+
+
+@pytest.mark.parametrize("script", [SD, XTI])
+def test_the_new_word_may_be_what_it_starts_from(script, tmp_path):
+    run = start_run(script, "--token_string", "catdog", "--init_word", "catdog", output_dir=tmp_path)
+    [rows] = run.method.tables
+    ids = tokenizer_of()("catdog", add_special_tokens=False).input_ids
+    assert len(ids) > 1
+    key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    assert torch.equal(rows.values, load_file(MODEL)[key].float()[ids[:1]].expand_as(rows.values))
 
 
 def test_rows_of_other_words_stay_without_a_word_in_the_captions(tmp_path):

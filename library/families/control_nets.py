@@ -22,13 +22,14 @@ DenoiserInputs = Callable[[Tensor, Tensor, Conditioning, SizeConditioning | None
 def stable_diffusion_control_net(unet: Any, path: str | None, attention: str | None) -> ControlNet:
     """From a file or folder, or grown from the U-Net; `attention` is one of `set_attention`'s kinds."""
     from library.models.control_net import build_control_net, new_control_net
-    from library.models.layers import set_attention
+    from library.models.layers import accept_single_values, set_attention
 
     if path is None:
         net = new_control_net(unet)
     else:
         tensors, config = layout_control_net.open_control_net(path)
         net = build_control_net(unet, tensors, config=config)
+    accept_single_values(net)
     set_attention(net, None, attention)
     return StableDiffusionControlNet(net)
 

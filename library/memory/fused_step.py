@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,11 @@ class FusedStep(Protocol):
     def begin(self, *, is_last: bool) -> None:
         """Call before `backward`; they step if it is the last one of an accumulation window."""
 
-    def finish(self) -> None:
-        """Call after the last `backward` of an accumulation window: steps what is left."""
+    def finish(self) -> Tensor | None:
+        """Call after the last `backward` of an accumulation window: steps what is left.
+
+        Returns the norm of all gradients before clipping, on their device; None if there were none.
+        """
 
 
 def fused_step_problems(options: Options, processes: int) -> list[str]:
@@ -53,12 +56,13 @@ class FusedBackward:
     def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> None:
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
+        self._norms: list[Tensor] = []
         for number, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 parameter.register_post_accumulate_grad_hook(lambda p, number=number: self._step(p, number))
 
     def _step(self, parameter: Tensor, number: int) -> None:
-        clip(parameter, self._max_grad_norm)
+        self._norms.append(clip(parameter, self._max_grad_norm))
         with self._alone(parameter, number), in_float32(parameter):
             self._optimizer.step()
         parameter.grad = None
@@ -76,14 +80,25 @@ class FusedBackward:
     def begin(self, *, is_last: bool) -> None:
         """Nothing to prepare: without accumulation every `backward` is the last one."""
 
-    def finish(self) -> None:
+    def finish(self) -> Tensor | None:
         """Nothing is left after `backward`."""
+        return taken_norm(self._norms)
 
 
-def clip(parameter: Tensor, max_norm: float) -> None:
-    """Scale the gradient of one tensor down to `max_norm`; 0 leaves it."""
+def clip(parameter: Tensor, max_norm: float) -> Tensor:
+    """Scale the gradient of one tensor down to `max_norm`; 0 leaves it. Returns its norm before, on its device."""
     if max_norm:
-        nn.utils.clip_grad_norm_([parameter], max_norm)
+        return nn.utils.clip_grad_norm_([parameter], max_norm)
+    return torch.linalg.vector_norm(cast(Tensor, parameter.grad))
+
+
+def taken_norm(norms: list[Tensor]) -> Tensor | None:
+    """The norm of gradients with these `norms`, which are forgotten."""
+    if not norms:
+        return None
+    total = torch.linalg.vector_norm(torch.stack([norm.float().to(norms[0].device) for norm in norms]))
+    norms.clear()
+    return total
 
 
 @contextmanager
@@ -149,6 +164,7 @@ class FusedOptimizers:
         self._optimizers = optimizers
         self._max_grad_norm = max_grad_norm
         self._is_stepping = True
+        self._norms: list[Tensor] = []
         self._waiting: list[int] = []
         for number, optimizer in enumerate(optimizers):
             for parameter in parameters_of(optimizer):
@@ -163,7 +179,7 @@ class FusedOptimizers:
     def _arrived(self, parameter: Tensor, number: int) -> None:
         if not self._is_stepping:
             return
-        clip(parameter, self._max_grad_norm)
+        self._norms.append(clip(parameter, self._max_grad_norm))
         self._waiting[number] -= 1
         if not self._waiting[number]:
             self._step(self._optimizers[number])
@@ -172,11 +188,12 @@ class FusedOptimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def finish(self) -> None:
+    def finish(self) -> Tensor | None:
         """Step the optimizers of which some parameters had no part in the loss."""
         for optimizer in self._optimizers:
             if any(parameter.grad is not None for parameter in parameters_of(optimizer)):
                 self._step(optimizer)
+        return taken_norm(self._norms)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

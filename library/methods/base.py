@@ -60,15 +60,21 @@ class LossRecipe:
     loss_type: str = "l2"
     masked_loss: bool = False
     weighted_captions: bool = False
-    vae_batch_size: int = 1
+    vae_batch_size: int | None = None  # pictures that are encoded at once; None: the whole batch
 
     @classmethod
-    def from_options(cls, options: Options, family: ModelFamily) -> LossRecipe:
-        """What the options ask for, with the family's objective."""
+    def from_options(cls, options: Options, family: ModelFamily, *, encodes_singly: bool = False) -> LossRecipe:
+        """What the options ask for, with the family's objective.
+
+        Pictures without cached latents are encoded a batch at once, or with `encodes_singly` one by one; another
+        `--vae_batch_size` than 1 says how many. The random draws of the VAE depend on it.
+        """
+        size = options.cache.vae_batch_size
         return cls(
             objective=family.make_objective(), noise=family.training_noise(),
             loss_type=options.loss.loss_type, masked_loss=options.dataset.masked_loss,
-            weighted_captions=options.dataset.weighted_captions, vae_batch_size=options.cache.vae_batch_size,
+            weighted_captions=options.dataset.weighted_captions,
+            vae_batch_size=size if encodes_singly or size > 1 else None,
         )
 
 
@@ -83,6 +89,8 @@ class TrainingMethod(ABC):
     tracker_name: str
     #: whether `ss_*` training metadata belongs into the saved file
     writes_training_metadata: bool = False
+    #: whether the saved file is the whole model, with the parts that are not trained
+    writes_whole_model: bool = False
 
     #: options that are accepted and mean nothing for this method -> why (they warn once when set)
     without_effect: Mapping[str, str] = MappingProxyType({})
@@ -223,15 +231,16 @@ def size_conditioning(batch: Batch) -> SizeConditioning:
     return SizeConditioning(batch.original_sizes_hw, batch.crop_top_lefts, batch.target_sizes_hw)
 
 
-def batch_latents(family: ModelFamily, batch: Batch, vae_batch_size: int) -> Tensor:
-    """Model latents [B,C,h,w] of a batch: from its cache, or encoded now in chunks of `vae_batch_size`."""
+def batch_latents(family: ModelFamily, batch: Batch, vae_batch_size: int | None) -> Tensor:
+    """Model latents [B,C,h,w] of a batch: from its cache, or encoded now in chunks of `vae_batch_size`, or at once."""
     spec = family.latent
     if batch.latents is not None:
         return batch.latents if spec.cache_is_scaled else spec.normalize(batch.latents)
     if batch.images is None:
         raise ValueError("A batch carries neither images nor latents.")
     with torch.no_grad():
-        latents = torch.cat([family.encode_images(chunk) for chunk in batch.images.split(max(1, vae_batch_size))])
+        chunks = batch.images.split(len(batch.images) if vae_batch_size is None else max(1, vae_batch_size))
+        latents = torch.cat([family.encode_images(chunk) for chunk in chunks])
     if not latents.isfinite().all():
         logger.warning("NaN in latents, replaced by zeros: %s. --no_half_vae may help.", ", ".join(batch.image_keys))
         latents = latents.nan_to_num(0.0, 0.0, 0.0)

@@ -14,6 +14,7 @@ from library.data.records import Batch
 from library.families.base import Conditioning, ControlNet, SizeConditioning
 from library.methods.base import LossRecipe, ParameterGroup, Placement, size_conditioning
 from library.methods.hints import HintedTraining
+from library.saving import write_model_folder
 
 
 class ControlNetTraining(HintedTraining):
@@ -78,8 +79,15 @@ class ControlNetTraining(HintedTraining):
     def save(
         self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], counters: tuple[int, int] = (0, 0)
     ) -> None:
-        """The ControlNet alone, in the form of `--save_model_as`."""
-        self.control_net.save(path, layout=self.save_form, dtype=dtype, metadata=metadata)
+        """The ControlNet alone, in the form of `--save_model_as`; a folder appears only when it is complete."""
+
+        def write(place: Path) -> None:
+            self.control_net.save(place, layout=self.save_form, dtype=dtype, metadata=metadata)
+
+        if self.file_extension:
+            write(path)
+        else:
+            write_model_folder(path, write)
 
     def metadata(self) -> dict[str, Any]:
         """ControlNets are `<architecture>/controlnet`."""

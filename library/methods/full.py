@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.checkpoints.stored import forget_stored
 from library.families.base import ModelFamily
 from library.methods.base import LossRecipe, ParameterGroup, Placement, TrainingMethod
 from library.options import Options
-from library.saving import place_model_folder
+from library.saving import write_model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class FullTraining(TrainingMethod):
     """Trains the weights of the model itself. A learning rate of 0 leaves its part frozen, in the frozen dtype."""
 
     tracker_name = "finetuning"
+    writes_whole_model = True
     without_effect: Mapping[str, str] = MappingProxyType(
         {"diffusers_xformers": "--xformers already covers the VAE as well as the denoiser."}
     )
@@ -101,6 +102,8 @@ class FullTraining(TrainingMethod):
         groups = [*self._attach_denoiser(placement), *self._attach_text_encoders()]
         groups = [group for group in groups if group.parameters]
         self._parameters = [parameter for group in groups for parameter in group.parameters]
+        for module in self.trainable.values():  # the others are written as they were read
+            forget_stored(module)
         if self.options.training.gradient_checkpointing:
             family.enable_gradient_checkpointing()
         self.recipe = LossRecipe.from_options(self.options, family)
@@ -175,13 +178,13 @@ class FullTraining(TrainingMethod):
         self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], counters: tuple[int, int] = (0, 0)
     ) -> None:
         """The whole model; a folder appears under its name only when complete."""
+        def write(place: Path) -> None:
+            self.family.save(place, layout=self.layout, dtype=dtype, metadata=metadata, counters=counters)
+
         if self.file_extension:
-            self.family.save(path, layout=self.layout, dtype=dtype, metadata=metadata, counters=counters)
-            return
-        scratch = path.with_name(f".{path.name}.incomplete")
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-        self.family.save(scratch, layout=self.layout, dtype=dtype, metadata=metadata, counters=counters)
-        place_model_folder(scratch, path)
+            write(path)
+        else:
+            write_model_folder(path, write)
 
     def companion_files(self, path: Path) -> list[Path]:
         """What the family writes beside its model file."""

@@ -92,7 +92,7 @@ class NetworkTraining(TrainingMethod):
         models = self._models()
         self.network.prepare_grad_etc(models.text_encoder, models.unet)
         self.trainable = nn.ModuleDict({"network": self.network})
-        self.recipe = LossRecipe.from_options(options, family)
+        self.recipe = LossRecipe.from_options(options, family, encodes_singly=True)
         return [
             ParameterGroup(name, list(group["params"]), group.get("lr"))
             for name, group in zip(names, groups, strict=True)
@@ -151,8 +151,10 @@ class NetworkTraining(TrainingMethod):
                 getattr(self.network, hook)()
 
     def after_step(self, *, synced: bool) -> Mapping[str, float]:
-        """`--scale_weight_norms`, and the norms that a network reports."""
+        """`--scale_weight_norms` after an optimizer step, and the norms that a network reports."""
         if self.max_norm:
+            if not synced:
+                return {}
             count, mean, largest = self.network.apply_max_norm_regularization(self.max_norm, self.device)
             return {
                 "max_norm/keys_scaled": float(count), "max_norm/max_key_norm": float(largest),

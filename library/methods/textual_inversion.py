@@ -96,10 +96,13 @@ class TextualInversion(TrainingMethod):
         return self.words
 
     def prepare_text(self) -> None:
-        """Adds the words to every tokenizer. Raises ValueError if one of them is known already."""
-        self.trained_ids = {
-            table.name: table.add_words(self.trained_words) for table in self.family.embedding_tables()
-        }
+        """Adds the words to every tokenizer. Raises ValueError if one of them is known already.
+
+        `--init_word` is read before: it may be the new word itself, and then means what it meant until now.
+        """
+        init_word, tables = self.options.textual_inversion.init_word, self.family.embedding_tables()
+        self.init_ids = {table.name: table.tokenizer.text_ids(init_word) if init_word else [] for table in tables}
+        self.trained_ids = {table.name: table.add_words(self.trained_words) for table in tables}
 
     @property
     def caption_replacements(self) -> Mapping[str, str | list[str]]:
@@ -147,7 +150,7 @@ class TextualInversion(TrainingMethod):
             if saved:
                 logger.warning("--weights %s has nothing for %s, which starts without it.", chosen.weights, table.name)
             known = table.encoder.get_input_embeddings().weight.detach()
-            ids = table.tokenizer.text_ids(chosen.init_word) if chosen.init_word else []
+            ids = self.init_ids[table.name]
             start[table.name] = self._rows_of(known, ids, count) if ids else random_rows(known, count)
         return start
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.layout_flux import transformer_config
-from library.checkpoints.tensors import fill_module, shapes_of
+from library.checkpoints.stored import fill_from_file
+from library.checkpoints.tensors import shapes_of
 from library.models.attention import Attention, as_tokens, fused
 
 NORM_EPSILON = 1e-6
@@ -414,5 +415,5 @@ def build_flux(
     params = FluxParams(**transformer_config(shapes_of(tensors), axes_dims=axes_dims))
     with torch.device("meta"):
         model = Flux(params)
-    fill_module(model, tensors, component="FLUX transformer", dtype=dtype, device=device)
+    fill_from_file(model, tensors, component="FLUX transformer", dtype=dtype, device=device)
     return model.eval().requires_grad_(False)

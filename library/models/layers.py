@@ -30,6 +30,20 @@ def rename_time_embedding(unet: nn.Module) -> None:
     unet.time_embedding.__class__ = TimeEmbedding
 
 
+class GroupNorm(nn.GroupNorm):
+    """As torch's, also where a group has a single value (its deviation from its mean is 0: the bias is left)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, torch.backends.cudnn.enabled)
+
+
+def accept_single_values(model: nn.Module) -> None:
+    """Lets groups of one channel shrink to one pixel: small pictures in the narrowest models."""
+    for module in model.modules():
+        if type(module) is nn.GroupNorm and module.num_channels == module.num_groups:
+            module.__class__ = GroupNorm
+
+
 class MemoryEfficientProcessor(AttnProcessor2_0):
     """Attention that never holds the matrix of all scores on a GPU (torch's memory-efficient kernel)."""
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.layout_sd3 import transformer_config
-from library.checkpoints.tensors import Operation, RenamedTensors, fill_module, shapes_of
+from library.checkpoints.stored import fill_from_file
+from library.checkpoints.tensors import Operation, RenamedTensors, shapes_of
 from library.models.attention import Attention, as_tokens, fused
 
 EPSILON = 1e-6  # of every normalisation
@@ -397,5 +398,5 @@ def build_mmdit(
         plan: dict[str, tuple[str, Operation | None]] = {key: (key, None) for key in tensors}
         plan["pos_embed"] = ("context_embedder.weight", lambda _: table)
         tensors = RenamedTensors(tensors, plan)
-    fill_module(model, tensors, component="SD3 transformer", dtype=dtype, device=device)
+    fill_from_file(model, tensors, component="SD3 transformer", dtype=dtype, device=device)
     return model.eval().requires_grad_(False)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.layout_t5 import t5_config
-from library.checkpoints.tensors import fill_module, shapes_of
+from library.checkpoints.stored import fill_from_file
+from library.checkpoints.tensors import shapes_of
 
 
 class T5TextEncoder(nn.Module):
@@ -78,5 +79,5 @@ def build_t5(
     config = T5Config(**t5_config(shapes_of(tensors)), attn_implementation="eager", dropout_rate=0.0)
     with torch.device("meta"):
         encoder = T5TextEncoder(config)
-    fill_module(encoder, tensors, component=component, dtype=dtype, device=device)
+    fill_from_file(encoder, tensors, component=component, dtype=dtype, device=device)
     return encoder.eval().requires_grad_(False)

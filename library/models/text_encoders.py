@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.layout_clip import clip_config
-from library.checkpoints.tensors import fill_module, shapes_of
+from library.checkpoints.stored import fill_from_file
+from library.checkpoints.tensors import shapes_of
 
 
 class ClipTextEncoder(nn.Module):
@@ -100,7 +101,7 @@ def build_clip(
     with torch.device("meta"):
         encoder = ClipTextEncoder(config, with_projection="text_projection.weight" in shapes)
     rebuild_position_ids(encoder.text_model, device)
-    fill_module(encoder, tensors, component=component, dtype=dtype, device=device)
+    fill_from_file(encoder, tensors, component=component, dtype=dtype, device=device)
     return encoder.eval().requires_grad_(False)
 
 

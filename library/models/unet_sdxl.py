@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.layout_sdxl import NORM_GROUPS, SdxlUnetConfig, unet_config
-from library.checkpoints.tensors import fill_module, shapes_of
+from library.checkpoints.stored import fill_from_file
+from library.checkpoints.tensors import shapes_of
 
 SIZE_COUNT = 6  # original height and width, crop top and left, target height and width
 
@@ -279,5 +280,5 @@ def build_sdxl_unet(
     config = unet_config(shapes_of(tensors), heads=heads)
     with torch.device("meta"):
         unet = SdxlUNet2DConditionModel(config)
-    fill_module(unet, tensors, component="U-Net", dtype=dtype, device=device)
+    fill_from_file(unet, tensors, component="U-Net", dtype=dtype, device=device)
     return unet.eval().requires_grad_(False)

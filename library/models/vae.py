@@ -13,7 +13,8 @@ from torch import Tensor
 from library.checkpoints import layout_vae
 from library.checkpoints.folders import hub_folder, part_file, read_config
 from library.checkpoints.recognition import check_not_quantised, is_ignorable
-from library.checkpoints.tensors import LazyTensors, RenamedTensors, fill_module, open_tensors, select, shapes_of
+from library.checkpoints.stored import fill_from_file
+from library.checkpoints.tensors import LazyTensors, RenamedTensors, open_tensors, select, shapes_of
 
 SCALING_FACTOR = 0.18215
 _SETTINGS = ("scaling_factor", "shift_factor", "force_upcast", "sample_size")
@@ -39,7 +40,7 @@ def build_vae(
     arguments.update({k: v for k, v in (config or {}).items() if k in _SETTINGS})
     with torch.device("meta"):
         vae = AutoencoderKL(**arguments)
-    fill_module(vae, tensors, component="VAE", dtype=dtype, device=device)
+    fill_from_file(vae, tensors, component="VAE", dtype=dtype, device=device)
     vae.weights_digest = _encoder_digest(tensors)
     return vae.eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""The errors that a user can cause and repair: each ends a script with one line and exit status 2."""
+"""Errors that end a script with one line: mistakes of its user (exit status 2), what fails while it runs (1)."""
 
 from __future__ import annotations
 
@@ -15,3 +15,7 @@ class UserError(ValueError):
         self.hints = tuple(hints)
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class RunFailed(RuntimeError):
+    """What ends a running script although its user made no mistake, in one line; exit status 1."""
