@@ -51,6 +51,8 @@ token_warmup_step = 3
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(augmentation, photos, tmp_path):
     """Pyramid noise draws from Python's generator, the warm-up of tokens depends on the step."""
     config = write_config(tmp_path, photos, general=augmentation)
+    for caption in photos.glob("*.txt"):
+        caption.write_text(", ".join(f"{caption.stem} {number}" for number in range(8)), encoding="utf-8")
     common = ["--dataset_config", config, "--cache_latents", "--network_dropout", "0.1", "--lr_scheduler", "cosine",
               "--gradient_accumulation_steps", "2"]
     common += ["--multires_noise_iterations", "3"] if augmentation else []
