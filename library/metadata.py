@@ -15,6 +15,7 @@ from library.config_schema import DatasetConfig, SubsetConfig
 from library.data.metadata_file import read_metadata_file
 from library.hashes import file_sha256, legacy_file_hash
 from library.model_spec import CHECKPOINT, model_spec, program_revision
+from library.optimizers import is_schedule_free
 
 if TYPE_CHECKING:
     from library.data.dataset import BucketDataset, DatasetGroup
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 #: What `--no_metadata` leaves.
 MINIMUM_KEYS = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
+)  # fmt: skip
+
+#: Settings of subsets that have entries of their own.
+_SUBSET_SETTINGS = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
+_SUBSET_SETTINGS_OF_ALL_FILES = (
+    "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "face_crop_aug_range",
+    "resize_interpolation",
 )  # fmt: skip
 
 
@@ -54,6 +62,7 @@ class TrainingMetadata:
         self._options = options
         self._method = method
         self._base: dict[str, str] = {}
+        self._resolution = trained_resolution(group)
         if method.writes_training_metadata:
             further = method.family.model_metadata() | method.metadata()
             self._base = training_metadata(options, group, facts, further)
@@ -68,9 +77,15 @@ class TrainingMetadata:
                 entries = {key: value for key, value in entries.items() if key in MINIMUM_KEYS}
         model_type = self._method.metadata().get("model_type", CHECKPOINT)
         if model_type is not None:
-            spec = model_spec(self._options, self._method.family.model_metadata(), model_type)
+            spec = model_spec(self._options, self._method.family.model_metadata(), model_type, self._resolution)
             entries |= spec.entries(saved_at)
         return entries
+
+
+def trained_resolution(group: DatasetGroup | None) -> tuple[int, int] | None:
+    """(width, height) of the dataset with the most pixels; None without datasets (a class of the user's)."""
+    resolutions = [dataset.config.resolution for dataset in group.datasets if dataset.records] if group else []
+    return max(resolutions, key=lambda size: size[0] * size[1], default=None)
 
 
 def step_metadata(base: Mapping[str, str], *, epoch: int, steps: int, finished_at: float) -> dict[str, str]:
@@ -108,6 +123,8 @@ def training_metadata(
 
 def _run_entries(options: Options, group: DatasetGroup, facts: RunFacts) -> dict[str, Any]:
     optimizer = facts.optimizer + (f"({facts.optimizer_args})" if facts.optimizer_args else "")
+    schedule = options.optimizer.lr_scheduler_type or facts.lr_scheduler
+    has_no_schedule = is_schedule_free(facts.optimizer)
     return {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
@@ -119,7 +136,8 @@ def _run_entries(options: Options, group: DatasetGroup, facts: RunFacts) -> dict
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_num_epochs": facts.epochs,
         "ss_max_train_steps": facts.max_steps,
-        "ss_lr_scheduler": facts.lr_scheduler,
+        "ss_lr_scheduler": "constant" if has_no_schedule else schedule,
+        "ss_lr_warmup_steps": 0 if has_no_schedule else options.optimizer.lr_warmup_steps,
         "ss_optimizer": optimizer,
         "ss_seed": facts.seed,
         "ss_sd_scripts_commit_hash": program_revision() or "(unknown)",
@@ -133,7 +151,6 @@ def _option_entries(options: Options) -> dict[str, Any]:
         "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_lowram": training.lowram,
-        "ss_lr_warmup_steps": options.optimizer.lr_warmup_steps,
         "ss_max_grad_norm": options.optimizer.max_grad_norm,
         "ss_mixed_precision": device.mixed_precision,
         "ss_full_fp16": device.full_fp16,
@@ -209,54 +226,66 @@ def _data_entries(options: Options, group: DatasetGroup, facts: RunFacts) -> dic
     own = group.facts()
     if own is not None:
         return own
-    return _config_entries(group) if options.dataset.dataset_config else _folder_entries(options, group, facts)
-
-
-def _config_entries(group: DatasetGroup) -> dict[str, str]:
-    """What `--dataset_config` runs store: one table per dataset, and unions over them."""
+    entries = _common_entries(options, group, facts) | _subset_entries(group)
+    if not options.dataset.dataset_config:
+        [dataset] = group.datasets
+        return entries | _directory_entries(group) | {"ss_tag_frequency": json.dumps(tag_frequencies(dataset))}
     tag_frequency: dict[str, dict[str, int]] = {}
-    directories: dict[str, dict[str, int]] = {}
     for dataset in group.datasets:
         for name, counts in tag_frequencies(dataset).items():
             tag_frequency.setdefault(name, counts)
-        for subset, records in _filled_subsets(dataset):
-            if not subset.is_reg:
-                name = _free_name(_subset_name(subset), directories)
-                directories[name] = {"n_repeats": subset.num_repeats, "img_count": len(records)}
-    return {
+    return entries | _directory_entries(group) | {
         "ss_datasets": json.dumps([_dataset_table(dataset) for dataset in group.datasets]),
         "ss_tag_frequency": json.dumps(tag_frequency),
-        "ss_dataset_dirs": json.dumps(directories),
-    }
+    }  # fmt: skip
 
 
-def _folder_entries(options: Options, group: DatasetGroup, facts: RunFacts) -> dict[str, Any]:
-    """What runs without a dataset file store about their one dataset."""
-    [dataset] = group.datasets
-    data, config = options.dataset, dataset.config
+def _directory_entries(group: DatasetGroup) -> dict[str, str]:
+    """Images and repeats of every directory; repeated names are numbered."""
     directories: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
-    for subset, records in _filled_subsets(dataset):
-        directories[subset.is_reg][_subset_name(subset)] = {"n_repeats": subset.num_repeats, "img_count": len(records)}
+    for dataset in group.datasets:
+        for subset, records in _filled_subsets(dataset):
+            name = _free_name(_subset_name(subset), directories[subset.is_reg])
+            directories[subset.is_reg][name] = {"n_repeats": subset.num_repeats, "img_count": len(records)}
+    return {"ss_dataset_dirs": json.dumps(directories[False]), "ss_reg_dataset_dirs": json.dumps(directories[True])}
+
+
+def _common_entries(options: Options, group: DatasetGroup, facts: RunFacts) -> dict[str, Any]:
+    """What is the same for all datasets; other programs look for it at the top level."""
+    tables = [_dataset_entries(options, dataset, facts) for dataset in group.datasets]
+    common = {key: value for key, value in tables[0].items() if all(table[key] == value for table in tables)}
+    if len(tables) > 1:
+        del common["ss_bucket_info"]  # counts images of one dataset
+    return common
+
+
+def _dataset_entries(options: Options, dataset: BucketDataset, facts: RunFacts) -> dict[str, Any]:
+    config = dataset.config
     smallest, largest = _bucket_range(config)
     accumulation = options.training.gradient_accumulation_steps
     return {
         "ss_batch_size_per_device": config.batch_size,
         "ss_total_batch_size": config.batch_size * facts.num_processes * accumulation,
         "ss_resolution": config.resolution,
-        "ss_color_aug": data.color_aug,
-        "ss_flip_aug": data.flip_aug,
-        "ss_random_crop": data.random_crop,
-        "ss_shuffle_caption": data.shuffle_caption,
         "ss_enable_bucket": config.enable_bucket,
         "ss_bucket_no_upscale": config.bucket_no_upscale,
         "ss_min_bucket_reso": smallest,
         "ss_max_bucket_reso": largest,
-        "ss_keep_tokens": data.keep_tokens,
-        "ss_dataset_dirs": json.dumps(directories[False]),
-        "ss_reg_dataset_dirs": json.dumps(directories[True]),
-        "ss_tag_frequency": json.dumps(tag_frequencies(dataset)),
         "ss_bucket_info": json.dumps(dataset.bucket_statistics()),
     }
+
+
+def _subset_entries(group: DatasetGroup) -> dict[str, Any]:
+    """The settings of the subsets, where they agree; the entries that every file has are None where they do not."""
+    subsets = [subset for dataset in group.datasets for subset, _ in _filled_subsets(dataset)]
+    entries: dict[str, Any] = {}
+    for names, is_always in ((_SUBSET_SETTINGS, False), (_SUBSET_SETTINGS_OF_ALL_FILES, True)):
+        for name in names:
+            values = [getattr(subset, name) for subset in subsets]
+            is_common = all(value == values[0] for value in values)
+            if is_common or is_always:
+                entries[f"ss_{name}"] = values[0] if is_common else None
+    return entries
 
 
 def _dataset_table(dataset: BucketDataset) -> dict[str, Any]:

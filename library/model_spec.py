@@ -63,14 +63,16 @@ class ModelSpec:
         return {f"modelspec.{name}": str(value) for name, value in values.items() if value is not None}
 
 
-def model_spec(options: Options, family_metadata: Mapping[str, Any], model_type: str) -> ModelSpec:
+def model_spec(
+    options: Options, family_metadata: Mapping[str, Any], model_type: str, trained: tuple[int, int] | None = None
+) -> ModelSpec:
     """The entries that options and model give.
 
     `family_metadata` is `ModelFamily.model_metadata()`: `architecture`, `default_resolution` (pixels, or width and
-    height), `prediction_type` (None where the standard has no word for it). Resolutions of dataset files do not
-    count, only `--resolution`.
+    height), `prediction_type` (None where the standard has no word for it). `trained` is the resolution (width, height)
+    of the data; where it is not known, `--resolution` and then the family's default stand for it.
     """
-    resolution = options.dataset.resolution or family_metadata["default_resolution"]
+    resolution = trained or options.dataset.resolution or family_metadata["default_resolution"]
     if isinstance(resolution, int):
         resolution = (resolution, resolution)
     low, high = options.noise.min_timestep, options.noise.max_timestep

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 #: Tagged values in the JSON part; a plain dict never has these keys.
 _TENSOR, _TUPLE, _ITEMS, _FLOAT = "__tensor__", "__tuple__", "__items__", "__float__"
@@ -60,6 +62,58 @@ def load_scheduler_state(scheduler: LearningRateSchedule, state: Mapping[str, An
     scheduler.load_state_dict({key: _decode(value, {}) for key, value in state.items()})
 
 
+# --- going on with other options -------------------------------------------------------------------------------
+#: What the options of a run always decide, whatever a state holds.
+_OWN_VALUES = ("lr", "initial_lr", "weight_decay")
+
+
+def group_values(optimizer: torch.optim.Optimizer, arguments: Collection[str] = ()) -> list[dict[str, Any]]:
+    """What the options say for every group: learning rates, weight decay and these further `arguments`."""
+    names = (*_OWN_VALUES, *arguments)
+    return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+
+def continue_schedule(
+    schedule: LearningRateSchedule, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any],
+    chosen: Sequence[Mapping[str, Any]], *, is_changed: bool = False, step_ratio: float = 1.0,
+) -> None:
+    """Let `optimizer`, just loaded from a state, go on with the `chosen` values of its groups (see `group_values`).
+
+    The schedule stands where the `saved` one did, after `step_ratio` times its steps: formulas and the optimizer's
+    own rates at once; other classes take their saved state where nothing differs, else they are stepped there.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, values in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(values)
+    if not isinstance(schedule, LRScheduler):  # no schedule: the rates of the options
+        return
+    steps = round(saved.get("last_epoch", 0) * step_ratio)
+    if isinstance(schedule, LambdaLR):
+        _place_at(schedule, steps)
+    elif is_changed or list(schedule.base_lrs) != list(saved.get("base_lrs", ())):
+        _step_to(schedule, steps)
+    else:
+        load_scheduler_state(schedule, saved)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _place_at(schedule: LambdaLR, steps: int) -> None:
+    schedule.last_epoch, schedule._step_count = steps, steps + 1
+    values = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, value in zip(schedule.optimizer.param_groups, values, strict=True):
+        group["lr"] = value
+    schedule._last_lr = values
+
+
+def _step_to(schedule: LRScheduler, steps: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer has not stepped yet
+        for _ in range(steps):
+            schedule.step()
+
+
+# --- JSON and tensors ------------------------------------------------------------------------------------------
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON for `value`; its tensors go to `tensors` under their path."""
     if isinstance(value, Tensor):

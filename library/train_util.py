@@ -27,7 +27,9 @@ from library.optimizers import CreatedOptimizer, create_optimizer
 from library.options.errors import UserError
 from library.options.namespaces import read_config_from_file as read_config_from_file
 from library.options.namespaces import verify_command_line_training_args as verify_command_line_training_args
+from library.run_record import Changes, Rule, differences, refuse_differences, run_record
 from library.saving import saving_words, together
+from library.state_files import find_state
 from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
 
 if TYPE_CHECKING:
@@ -128,8 +130,6 @@ def resolve_seed(options: Options, progress: SavedProgress | None, accelerator: 
     if given is None:
         drawn = [saved if saved is not None else random.SystemRandom().randint(0, 2**32 - 1)]
         return int(broadcast_object_list(drawn)[0]) if accelerator.num_processes > 1 else drawn[0]
-    if saved is not None and saved != given:
-        logger.warning("--seed %d differs from the resumed run's seed %d: the data order changes.", given, saved)
     return given
 
 
@@ -311,6 +311,7 @@ class Run:
     seed: int
     position: Position = field(default_factory=Position)
     losses: LossRecorder = field(default_factory=LossRecorder)
+    data: Mapping[str, Any] = field(default_factory=dict)  # see `run_record.data_record`
 
     def __post_init__(self) -> None:
         self._guard = StepGuard(self.options, self.accelerator)
@@ -410,9 +411,16 @@ class Run:
         optimizers = [created.optimizer for created in self.optimizers.created]
         return TrainingParts(self.method.trainable, optimizers, self.optimizers.schedules, scaler)
 
+    def record(self) -> dict[str, Any]:
+        """What this run is made with."""
+        processes = self.accelerator.num_processes
+        return run_record(self.options, num_processes=processes, seed=self.seed, data=self.data)
+
     def save_state(self, folder: Path) -> None:
         """Write everything that an exact continuation needs; call on every process."""
-        progress = SavedProgress(self.position, self.seed, self.plan.batches_per_epoch, list(self.losses.losses))
+        progress = SavedProgress(
+            self.position, self.seed, self.plan.batches_per_epoch, list(self.losses.losses), record=self.record()
+        )
         accelerator = self.accelerator
         self.check_weights()
         self._check_optimizers()
@@ -424,12 +432,33 @@ class Run:
         )
 
     def resume(self, folder: Path, progress: SavedProgress) -> None:
-        """Put back what `save_state` wrote; the last thing before the loop."""
-        load_state(folder, self._parts(), progress, rank=self.accelerator.process_index)
+        """Put back what `save_state` wrote, with what this run does differently; the last thing before the loop."""
+        now = self.record()
+        saved = progress.record or {"options": {"seed": progress.seed}}
+        if progress.is_exact:
+            refuse_differences(saved, now)
+            for difference in differences(saved, now):
+                level = logging.INFO if difference.rule is Rule.APPLIED else logging.WARNING
+                logger.log(level, "--resume: %s", difference)
+        if progress.is_exact and progress.record is None:
+            logger.warning(
+                "%s does not say what it was made with (an older version wrote it), so options cannot be compared: "
+                "learning rates, weight decay and schedule are those of this run.", folder,
+            )
+        rank = self.accelerator.process_index
+        load_state(folder, self._parts(), progress, rank=rank, changes=Changes.between(saved, now))
         self.losses = LossRecorder(progress.recorded_losses)
         logger.info("resume training from local state: %s (step %d)", folder, self.position.step)
 
 
 def resumed_progress(options: Options) -> SavedProgress | None:
-    """What the state given by `--resume` says, or None without one."""
-    return read_progress(Path(options.saving.resume)) if options.saving.resume else None
+    """What the state given by `--resume` says, or None without one.
+
+    A folder of states means its newest whole one of this run. Raises UserError for options that it cannot go on with.
+    """
+    if not options.saving.resume:
+        return None
+    progress = read_progress(find_state(Path(options.saving.resume), options.saving.output_name))
+    if progress.record:
+        refuse_differences(progress.record, run_record(options, num_processes=1, seed=progress.seed, data={}))
+    return progress

@@ -39,6 +39,7 @@ from library.methods.base import ParameterGroup, Placement, TrainingMethod
 from library.options import non_default
 from library.options.errors import UserError
 from library.preflight.rooms import room_problems
+from library.run_record import data_record
 from library.saving import SaveNames, Saver, remove_leftovers, together
 from library.train_util import (
     OptimizerSet,
@@ -97,9 +98,9 @@ def train(
     for encoder in family.text_encoders:
         if encoder is not None:
             encoder.to(accelerator.device)
-    run.position = start
+    run.position, run.data = start, data_record(group)
     if resumed:
-        run.resume(Path(str(options.saving.resume)), resumed)
+        run.resume(resumed.folder or Path(str(options.saving.resume)), resumed)
     run_epochs(run, group, groups, sampler, started_at)
 
 

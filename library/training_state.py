@@ -7,7 +7,9 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,20 +20,29 @@ from torch import Tensor, nn
 
 from library.checkpoints.tensors import load_tensors, save_tensors
 from library.optimizer_state import (
+    continue_schedule,
+    group_values,
     load_optimizer_state,
-    load_scheduler_state,
     optimizer_state_tensors,
     scheduler_state,
 )
+from library.run_record import Changes
 from library.saving import Phase, SaveFailed, replace_folder
+from library.state_files import (
+    MODEL_FILE,
+    POSITION_FILE,
+    SCHEDULER_FILE,
+    check_files,
+    damaged,
+    optimizer_files,
+    random_state_files,
+    read_json,
+    recover,
+)
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-POSITION_FILE = "train_state.json"
-MODEL_FILE = "model.safetensors"
-SCHEDULER_FILE = "scheduler.json"
-LEGACY_OPTIMIZER_FILE = "optimizer.bin"
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class SavedProgress:
     batches_per_epoch: int | None = None
     recorded_losses: list[float] = field(default_factory=list)
     is_exact: bool = True  # False: a state of another program, weights only
+    record: Mapping[str, Any] | None = None  # what the run was made with; None: an older version did not say
+    folder: Path | None = None  # where it was read from
 
 
 class Stateful(Protocol):
@@ -70,12 +83,6 @@ class TrainingParts:
     optimizers: Sequence[torch.optim.Optimizer]
     lr_schedulers: Sequence[Stateful]  # one per optimizer
     scaler: Stateful | None = None
-
-
-def optimizer_files(folder: Path, number: int) -> tuple[Path, Path]:
-    """(tensors, settings) of optimizer `number`."""
-    stem = f"optimizer_{number}" if number else "optimizer"
-    return folder / f"{stem}.safetensors", folder / f"{stem}.json"
 
 
 def save_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, rank: int, is_main_process: bool,
@@ -124,28 +131,47 @@ def _write_parts(scratch: Path, parts: TrainingParts, progress: SavedProgress) -
 
 
 def read_progress(folder: Path) -> SavedProgress:
-    """What a state says about its run. Raises FileNotFoundError/ValueError for something that is no state."""
-    interrupted = folder.with_name(f"{folder.name}.old")
-    if not folder.exists() and interrupted.is_dir():  # killed between the two renames of `replace_folder`
-        os.replace(interrupted, folder)
+    """What a state says about its run; its other files are there and whole then.
+
+    Raises FileNotFoundError or ValueError that name file and state for something that is no whole state.
+    """
+    recover(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"--resume {folder}: no such folder. Give the path of a saved state (…-state).")
     path = folder / POSITION_FILE
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    saved = read_json(path) if path.is_file() else {}
+    if not isinstance(saved, dict):
+        raise damaged(path)
     if "format" not in saved:
         if not (folder / MODEL_FILE).is_file():
             raise ValueError(f"--resume {folder}: holds no {POSITION_FILE} and no {MODEL_FILE}; it is no saved state.")
-        return SavedProgress(Position(step=int(saved.get("current_step", 0))), is_exact=False)
+        return SavedProgress(Position(step=int(saved.get("current_step", 0))), is_exact=False, folder=folder)
     if saved["format"] != FORMAT:
         raise ValueError(f"--resume {folder}: written by a newer version (format {saved['format']}, known: {FORMAT}).")
-    return SavedProgress(
-        position=Position(**saved["position"]), seed=saved["seed"], batches_per_epoch=saved["batches_per_epoch"],
-        recorded_losses=saved["recorded_losses"],
-    )
+    check_files(folder)
+    with _named(path):
+        return SavedProgress(
+            position=Position(**saved["position"]), seed=saved["seed"], batches_per_epoch=saved["batches_per_epoch"],
+            recorded_losses=list(saved["recorded_losses"]), record=saved.get("run"), folder=folder,
+        )
 
 
-def load_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, rank: int) -> None:
-    """Put a state back; call it after everything random in the set-up has happened."""
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Content of `path` that is not what it must be becomes an error that names file and state."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise damaged(path) from error
+
+
+def load_state(
+    folder: Path, parts: TrainingParts, progress: SavedProgress, *, rank: int, changes: Changes | None = None
+) -> None:
+    """Put a state back; call it after everything random in the set-up has happened.
+
+    Learning rates are those that `parts` were made with; `changes` says what else does not come from the state.
+    """
     _load_weights(folder, parts.trainable)
     if not progress.is_exact:
         logger.warning(
@@ -153,8 +179,15 @@ def load_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, r
             "generators and the position start anew.", folder,
         )
         return
-    schedule = _read_json(folder / SCHEDULER_FILE)
-    saved_schedules = [schedule["scheduler"], *schedule.get("further_schedulers", [])]
+    _load_optimizers(folder, parts, changes or Changes())
+    _load_random_states(folder, rank)
+
+
+def _load_optimizers(folder: Path, parts: TrainingParts, changes: Changes) -> None:
+    schedule = read_json(folder / SCHEDULER_FILE)
+    with _named(folder / SCHEDULER_FILE):
+        saved_schedules = [schedule["scheduler"], *schedule.get("further_schedulers", [])]
+        scaler = schedule["scaler"]
     if len(saved_schedules) != len(parts.optimizers):
         raise ValueError(
             f"--resume {folder}: the state holds {len(saved_schedules)} optimizers, this run has "
@@ -162,12 +195,26 @@ def load_state(folder: Path, parts: TrainingParts, progress: SavedProgress, *, r
             "--blockwise_fused_optimizers)."
         )
     for number, optimizer in enumerate(parts.optimizers):
-        tensors_file, settings_file = optimizer_files(folder, number)
-        load_optimizer_state(optimizer, load_tensors(tensors_file), _read_json(settings_file))
-        load_scheduler_state(parts.lr_schedulers[number], saved_schedules[number])
-    if parts.scaler is not None and schedule["scaler"]:
-        parts.scaler.load_state_dict(schedule["scaler"])
-    _load_random_states(folder, rank)
+        chosen = group_values(optimizer, changes.arguments)
+        _load_optimizer(folder, number, optimizer)
+        with _named(folder / SCHEDULER_FILE):
+            continue_schedule(
+                parts.lr_schedulers[number], optimizer, saved_schedules[number], chosen,
+                is_changed=changes.schedule, step_ratio=changes.step_ratio,
+            )
+    if parts.scaler is not None and scaler:
+        with _named(folder / SCHEDULER_FILE):
+            parts.scaler.load_state_dict(scaler)
+
+
+def _load_optimizer(folder: Path, number: int, optimizer: torch.optim.Optimizer) -> None:
+    tensors_file, settings_file = optimizer_files(folder, number)
+    try:
+        with _named(settings_file):
+            load_optimizer_state(optimizer, load_tensors(tensors_file), read_json(settings_file))
+    except ValueError as error:
+        text = str(error)
+        raise error if text.startswith("--resume") else ValueError(f"--resume {folder}: {text}") from error
 
 
 def _load_weights(folder: Path, trainable: nn.Module) -> None:
@@ -197,7 +244,7 @@ def _position_json(progress: SavedProgress) -> dict[str, Any]:
     return {
         "format": FORMAT, "current_epoch": current_epoch, "current_step": position.step, "position": asdict(position),
         "seed": progress.seed, "batches_per_epoch": progress.batches_per_epoch,
-        "recorded_losses": progress.recorded_losses,
+        "recorded_losses": progress.recorded_losses, "saved_at": time.time(), "run": progress.record,
     }
 
 
@@ -212,22 +259,25 @@ def _save_random_states(folder: Path, rank: int) -> None:
         "python": [version, list(words), gauss],
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(cached)],
     }
-    save_tensors(folder / f"random_states_{rank}.safetensors", tensors, metadata={"format": "pt"})
-    _write_json(folder / f"random_states_{rank}.json", states)
+    tensors_file, settings_file = random_state_files(folder, rank)
+    save_tensors(tensors_file, tensors, metadata={"format": "pt"})
+    _write_json(settings_file, states)
 
 
 def _load_random_states(folder: Path, rank: int) -> None:
-    path = folder / f"random_states_{rank}.json"
-    if not path.is_file():
+    tensors_file, settings_file = random_state_files(folder, rank)
+    if not settings_file.is_file():
         logger.warning("%s has no random state of process %d: noise will differ from a straight run.", folder, rank)
         return
-    states = _read_json(path)
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
-    tensors = load_tensors(path.with_suffix(".safetensors"))
-    torch.set_rng_state(tensors.pop("torch"))
+    states = read_json(settings_file)
+    with _named(settings_file):
+        version, words, gauss = states["python"]
+        random.setstate((version, tuple(words), gauss))
+        kind, keys, position, has_gauss, cached = states["numpy"]
+        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    with _named(tensors_file):
+        tensors = load_tensors(tensors_file)
+        torch.set_rng_state(tensors.pop("torch"))
     if tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([tensors[name] for name in sorted(tensors, key=lambda n: int(n.split(".")[1]))])
 
@@ -237,9 +287,3 @@ def _write_json(path: Path, value: Any) -> None:
         json.dump(value, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume {path.parent}: {path.name} is missing; the state is not complete.")
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +234,11 @@ def test_every_block_and_the_rest_have_an_optimizer_of_their_own(tmp_path):
 def test_a_state_of_several_optimizers_does_not_fit_one(tmp_path):
     several = make_run(tmp_path, fused_optimizer_groups=3)
     several.save_state(tmp_path / "state")
-    one = make_run(tmp_path)
+    one, progress = make_run(tmp_path), read_progress(tmp_path / "state")
+    with pytest.raises(ValueError, match="--fused_optimizer_groups: the resumed state was made with 3"):
+        one.resume(tmp_path / "state", progress)
     with pytest.raises(ValueError, match="holds 3 optimizers, this run has 1.*--fused_optimizer_groups"):
-        one.resume(tmp_path / "state", read_progress(tmp_path / "state"))
+        one.resume(tmp_path / "state", replace(progress, record=None))
 
 
 def test_fused_groups_add_gradients_up_like_a_whole_step(tmp_path):

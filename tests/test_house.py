@@ -22,8 +22,8 @@ ROOMS = (
     "models text data memory networks config_util config_schema config_sources config_validation",
     "objectives families model_files encoder_files model_util sdxl_model_util sd3_model_util "
     "flux_model_util flux_utils",
-    "methods generation optimizers optimizer_state lr_schedulers metadata model_spec train_util training_state hub "
-    "progress saving finite",
+    "methods generation optimizers optimizer_state lr_schedulers metadata model_spec train_util training_state "
+    "state_files run_record hub progress saving finite",
     "caching caching_tools bucket_preparation preflight training_loop launch tool_launch script_api "
     "sdxl_train_util sd3_train_utils flux_train_utils huggingface_util",
 )

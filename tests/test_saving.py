@@ -128,8 +128,8 @@ def test_resume_continues_exactly_where_the_state_was_written():
     plan = StepPlan(batches_per_epoch=6, accumulation=2, max_steps=30, epochs=10)
     progress = SavedProgress(Position(3, 2, 7), seed=1, batches_per_epoch=6)
     assert starting_position(make_options(), plan, progress) == Position(3, 2, 7)
-    changed_data = SavedProgress(Position(3, 2, 7), seed=1, batches_per_epoch=9)
-    assert starting_position(make_options(), plan, changed_data) == plan.position_after(7)
+    changed_data = SavedProgress(Position(2, 4, 7), seed=1, batches_per_epoch=9)
+    assert starting_position(make_options(), plan, changed_data) == Position(3, 2, 7) == plan.position_after(7)
     with pytest.raises(ValueError, match="30 steps already"):
         starting_position(make_options(), plan, SavedProgress(Position(11, 0, 30), seed=1, batches_per_epoch=6))
 

@@ -39,11 +39,23 @@ def assert_finite_and_trained(path: Path) -> None:
     assert any(tensor.abs().max() > 0 for key, tensor in tensors.items() if "lora_up" in key)
 
 
-@pytest.mark.parametrize("augmentation", ["", "flip_aug = true\nshuffle_caption = true\ncaption_dropout_rate = 0.3"])
+AUGMENTATION = """flip_aug = true
+shuffle_caption = true
+caption_dropout_rate = 0.3
+token_warmup_min = 1
+token_warmup_step = 3
+"""
+
+
+@pytest.mark.parametrize("augmentation", ["", AUGMENTATION])
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(augmentation, photos, tmp_path):
+    """Pyramid noise draws from Python's generator, the warm-up of tokens depends on the step."""
     config = write_config(tmp_path, photos, general=augmentation)
+    for caption in photos.glob("*.txt"):
+        caption.write_text(", ".join(f"{caption.stem} {number}" for number in range(8)), encoding="utf-8")
     common = ["--dataset_config", config, "--cache_latents", "--network_dropout", "0.1", "--lr_scheduler", "cosine",
               "--gradient_accumulation_steps", "2"]
+    common += ["--multires_noise_iterations", "3"] if augmentation else []
     straight = train(*common, "--max_train_steps", "5", "--save_state", "--save_every_n_steps", "3",
                      output_dir=tmp_path / "straight")
     state = tmp_path / "straight" / "run-step00000003-state"

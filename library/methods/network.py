@@ -205,7 +205,23 @@ class NetworkTraining(TrainingMethod):
         entries: dict[str, Any] = {"model_type": "lora"}
         if self.options.network.network_args:
             entries["ss_network_args"] = json.dumps(contract.training_arguments(self._request()))
+        if hasattr(self, "network"):
+            entries |= self._facts()
         return entries
+
+    def _facts(self) -> dict[str, Any]:
+        """What became of the options: norms that cannot be limited, ranks and alphas that a file brought."""
+        facts: dict[str, Any] = {}
+        if self.max_norm != self.options.network.scale_weight_norms:
+            facts["ss_scale_weight_norms"] = False
+        if self.options.network.dim_from_weights:
+            state = self.network.state_dict()
+            ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith("lora_down.weight")}
+            alphas = {float(tensor) for name, tensor in state.items() if name.endswith(".alpha")}
+            for key, values in (("ss_network_dim", ranks), ("ss_network_alpha", alphas)):
+                if values:
+                    facts[key] = values.pop() if len(values) == 1 else "Dynamic"
+        return facts
 
 
 def _common_multiplier(multipliers: Tensor) -> float:

@@ -169,7 +169,9 @@ def paths_exist(options: Options) -> Iterator[str]:
     for path in options.network.base_weights or ():
         if not Path(path).is_file():
             yield f"--base_weights: there is no file {path}."
-    if options.saving.resume and not options.hub.resume_from_huggingface and not Path(options.saving.resume).is_dir():
+    state = Path(options.saving.resume or ".")
+    interrupted = Path(f"{state}.old")  # a kill left a state under this name
+    if not options.hub.resume_from_huggingface and not state.is_dir() and not interrupted.is_dir():
         yield f"--resume: there is no folder {options.saving.resume}."
     for name in LOCAL_MODELS:
         if flat[name] and not Path(flat[name]).exists():
