@@ -44,9 +44,8 @@ def _heavy(group: str, function: str, *about: str) -> Check:
 
 #: options that families and methods look at, each for itself
 _OF_ROOMS = (
-    "v2", "clip_skip", "xformers", "weighted_captions", "cache_text_encoder_outputs", "zero_terminal_snr",
-    "model_prediction_type", "timestep_sampling", "weighting_scheme", "t5xxl_max_token_length", "save_model_as",
-    "learning_rate", "block_lr", "cond_emb_dim", "weights", "init_word",
+    "xformers", "cache_text_encoder_outputs", "mixed_precision", "save_model_as", "model_prediction_type",
+    "timestep_sampling", "weighting_scheme", "clip_l", "clip_g", "t5xxl", "ae", "block_lr", "cond_emb_dim", "weights",
 )  # fmt: skip
 
 PROBLEMS: tuple[Check, ...] = (
