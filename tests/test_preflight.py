@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from library import launch, preflight
 from library.checkpoints import tensors
+from library.options.optimizer import OptimizerOptions
+from library.preflight.optimizer import trial_optimizer
 from tests.golden import FOLDER
 from tests.training import TOKENIZERS, clean_process
 
@@ -45,7 +47,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = load_file(MODELS / "sd1_lora_start.safetensors")
     save_file(weights, folder / "sd_lora.safetensors")
     key = "lora_unet_{}_blocks_0_img_attn_proj.lora_down.weight"
-    flux = {key.format(side): weights[next(k for k in weights if "lora_down" in k)] for side in ("double", "single")}
+    down = next(value for name, value in weights.items() if "lora_down" in name)
+    flux = {key.format(side): down.clone() for side in ("double", "single")}
     save_file(flux, folder / "flux_lora.safetensors")
     (folder / "cut.safetensors").write_bytes((MODELS / "sd1_tiny.safetensors").read_bytes()[:500_000])
     (folder / "file").write_text("not a folder")
@@ -171,8 +174,9 @@ def _packages() -> None:
     """What every run imports: seconds that a process spends once."""
     for check in preflight.PROBLEMS:
         preflight.resolve(check.function)
-    for script in COMPLETE:
-        launch.resolve(importlib.import_module(script).SCRIPT.family)
+    for script in (importlib.import_module(name).SCRIPT for name in COMPLETE):
+        launch.resolve(script.family), launch.resolve(script.method)
+    trial_optimizer(OptimizerOptions())
 
 
 @pytest.mark.usefixtures("_packages", "_nothing_is_read")

@@ -157,10 +157,10 @@ def test_a_file_for_one_of_two_encoders_leaves_the_other_as_it_starts(tmp_path, 
     (["--weights", "nothing.pt"], "nothing.pt"),
 ], ids=["known word", "two templates", "no file"])  # fmt: skip
 def test_mistakes_end_the_run_before_the_model_loads(words, message, tmp_path, capsys):
-    (tmp_path / "broken.safetensors").write_bytes(b"no model")
+    (tmp_path / "broken.ckpt").write_bytes(b"no model")
     with pytest.raises(SystemExit, match="2"):
         train_word(
-            SD, *words, "--pretrained_model_name_or_path", tmp_path / "broken.safetensors", output_dir=tmp_path / "out"
+            SD, *words, "--pretrained_model_name_or_path", tmp_path / "broken.ckpt", output_dir=tmp_path / "out"
         )
     assert message in capsys.readouterr().err
 

@@ -24,12 +24,12 @@ _OPTION = re.compile(r"--[A-Za-z]\w*")
 
 @dataclass(frozen=True)
 class Check:
-    """`function` is the dotted path of `Subject -> sentences`; scripts with the options' group `group` make it.
+    """`function` is the dotted path of `Subject -> sentences`; scripts that have the option `option` make it.
 
     `about`: the options for which a heavy check is worth its imports; None marks a light one.
     """
 
-    group: str
+    option: str
     function: str
     about: frozenset[str] | None = None
 
@@ -38,40 +38,38 @@ class Check:
         return self.about is not None
 
 
-def _heavy(group: str, function: str, *about: str) -> Check:
-    return Check(group, function, frozenset(about))
+def _heavy(option: str, function: str, *about: str) -> Check:
+    return Check(option, function, frozenset((option, *about)))
 
 
+_NETWORK_TRAINING = "dim_from_weights"  # an option that only scripts which train networks have
 #: options that families and methods look at, each for itself
 _OF_ROOMS = (
-    "v2", "clip_skip", "xformers", "weighted_captions", "cache_text_encoder_outputs", "zero_terminal_snr",
-    "model_prediction_type", "timestep_sampling", "weighting_scheme", "t5xxl_max_token_length", "save_model_as",
-    "learning_rate", "block_lr", "cond_emb_dim", "weights", "init_word",
+    "xformers", "cache_text_encoder_outputs", "mixed_precision", "save_model_as", "model_prediction_type",
+    "timestep_sampling", "weighting_scheme", "clip_l", "clip_g", "t5xxl", "ae", "block_lr", "cond_emb_dim", "weights",
 )  # fmt: skip
 
 PROBLEMS: tuple[Check, ...] = (
-    Check("loss", "library.preflight.numbers:loss"),
-    Check("network", "library.preflight.numbers:network"),
-    Check("model", "library.preflight.model_files:problems"),
-    Check("network", "library.preflight.networks:file_problems"),
-    Check("saving", "library.preflight.outputs:training_problems"),
-    Check("cache", "library.preflight.outputs:cache_problems"),
-    Check("output", "library.preflight.outputs:drawing_problems"),
+    Check("huber_c", "library.preflight.numbers:loss"),
+    Check("network_dropout", "library.preflight.numbers:network"),
+    Check("pretrained_model_name_or_path", "library.preflight.model_files:problems"),
+    Check(_NETWORK_TRAINING, "library.preflight.networks:file_problems"),
+    Check("output_dir", "library.preflight.outputs:training_problems"),
+    Check("cache_latents_to_disk", "library.preflight.outputs:cache_problems"),
+    Check("outdir", "library.preflight.outputs:drawing_problems"),
     _heavy(
-        "optimizer", "library.preflight.optimizer:problems", "optimizer_type", "optimizer_args", "use_8bit_adam",
+        "optimizer_type", "library.preflight.optimizer:problems", "optimizer_args", "use_8bit_adam",
         "use_lion_optimizer",
     ),
-    _heavy(
-        "optimizer", "library.preflight.schedule:problems", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args",
-    ),
-    _heavy("network", "library.preflight.networks:argument_problems", "network_args"),
-    _heavy("training", "library.preflight.rooms:problems", *_OF_ROOMS, "sample_prompts"),
-    _heavy("model", "library.preflight.model_files:damages"),
+    _heavy("lr_scheduler", "library.preflight.schedule:problems", "lr_scheduler_type", "lr_scheduler_args"),
+    _heavy(_NETWORK_TRAINING, "library.preflight.networks:argument_problems", "network_args"),
+    _heavy("sample_prompts", "library.preflight.rooms:problems", *_OF_ROOMS),
+    Check("pretrained_model_name_or_path", "library.preflight.model_files:damages", frozenset()),
 )  # fmt: skip
 WARNINGS: tuple[Check, ...] = (
-    Check("model", "library.preflight.model_files:warnings"),
-    Check("cache", "library.preflight.outputs:cache_warnings"),
-    _heavy("sampling", "library.preflight.prompts:warnings"),
+    Check("pretrained_model_name_or_path", "library.preflight.model_files:warnings"),
+    Check("cache_latents_to_disk", "library.preflight.outputs:cache_warnings"),
+    _heavy("sample_prompts", "library.preflight.prompts:warnings"),
 )
 
 
@@ -81,7 +79,7 @@ def problems(options: Any, script: Script, found: Sequence[str] = ()) -> list[st
     Where several checks complain about one option, the first counts.
     """
     subject = _subject(options, script)
-    checks = [check for check in PROBLEMS if check.group in subject.groups]
+    checks = [check for check in PROBLEMS if check.option in subject.option_names]
     texts: list[str] = []
     for check in checks:
         if not check.is_heavy:
@@ -97,7 +95,7 @@ def problems(options: Any, script: Script, found: Sequence[str] = ()) -> list[st
 def warnings(options: Any, script: Script) -> list[str]:
     """What the user of a run without mistakes should know before it begins, one sentence each."""
     subject = _subject(options, script)
-    checks = [check for check in WARNINGS if check.group in subject.groups]
+    checks = [check for check in WARNINGS if check.option in subject.option_names]
     return [text for check in checks for text in _sentences(check, subject)]
 
 

@@ -55,7 +55,7 @@ def damages(subject: Subject) -> Iterator[str]:
 def warnings(subject: Subject) -> Iterator[str]:
     """Options that the model's own markers ask for."""
     path = existing(subject.options.model.pretrained_model_name_or_path)
-    if path is None:
+    if path is None or not subject.option_names >= {"v_parameterization", "zero_terminal_snr"}:
         return
     given = {
         "--v_parameterization": subject.options.model.v_parameterization,

@@ -14,7 +14,7 @@ from networks.known import OWN_MODULES, modules_for
 # --- files -----------------------------------------------------------------------------------------------------
 def file_problems(subject: Subject) -> Iterator[str]:
     """The module and the files of `--network_weights` and `--base_weights` belong to the script's kind of model."""
-    if "network_module" not in subject.option_names or subject.lineage is None:
+    if subject.lineage is None:
         return
     chosen = subject.options.network
     yield from _module(subject)
@@ -66,7 +66,7 @@ def argument_problems(subject: Subject) -> Iterator[str]:
     from networks import contract
 
     chosen = subject.options.network
-    if "network_args" not in subject.option_names or chosen.network_module not in OWN_MODULES:
+    if chosen.network_module not in OWN_MODULES:
         return
     arguments = contract.parse_network_args(chosen.network_args)
     module = contract.import_network_module(chosen.network_module)

@@ -22,8 +22,9 @@ def problems(subject: Subject) -> Iterator[str]:
     total = max(1, subject.options.training.max_train_steps or 1)
     try:
         schedule = create_lr_scheduler(options, _optimizer(options), num_training_steps=total)
-        for step in (0, total // 2, total) if isinstance(schedule, LambdaLR) else ():
-            schedule.lr_lambdas[0](step)
+        for factor in schedule.lr_lambdas[:1] if isinstance(schedule, LambdaLR) else []:
+            for step in (0, total // 2, total):
+                factor(step)
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:

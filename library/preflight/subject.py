@@ -25,11 +25,6 @@ class Subject:
     run: str = ""
 
     @cached_property
-    def groups(self) -> frozenset[str]:
-        """The groups of options that the script has."""
-        return self.rows.group_names()
-
-    @cached_property
     def option_names(self) -> frozenset[str]:
         """The options that the script has."""
         return frozenset(self.rows.specs())
