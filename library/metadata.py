@@ -255,7 +255,7 @@ def _common_entries(options: Options, group: DatasetGroup, facts: RunFacts) -> d
     tables = [_dataset_entries(options, dataset, facts) for dataset in group.datasets]
     common = {key: value for key, value in tables[0].items() if all(table[key] == value for table in tables)}
     if len(tables) > 1:
-        del common["ss_bucket_info"]  # counts images of one dataset
+        common.pop("ss_bucket_info", None)  # counts images of one dataset
     return common
 
 

@@ -84,7 +84,7 @@ def test_the_recorded_runs_metadata_is_reproduced(name: str, in_golden_folder: N
     ours = saved(options, group_of(options), facts)
     expected = {key: value for key, value in record["saved_metadata"].items() if not key.startswith("sshs_")}
     assert set(expected) <= set(ours) <= set(expected) | FOLDER_KEYS
-    expected["modelspec.resolution"] = "64x64"  # the recorded program did not look at the dataset file
+    expected["modelspec.resolution"] = "128x128"  # the recorded program did not look at the dataset file
     for key, value in expected.items():
         if key == "modelspec.implementation_version":
             assert ours[key].startswith("sd-scripts/")
@@ -166,6 +166,7 @@ def test_what_all_datasets_of_a_file_share_stands_at_the_top_level(tmp_path: Pat
             f"""[general]
             caption_extension = ".txt"
             enable_bucket = true
+            min_bucket_reso = 64
             caption_dropout_rate = 0.25
             [[datasets]]
             resolution = 128

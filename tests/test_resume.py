@@ -21,10 +21,21 @@ from torch import Tensor, nn
 from library.lr_schedulers import create_lr_scheduler
 from library.optimizers import _BUILT_IN, create_optimizer
 from library.options import Options, UserError, make_options
+from library.options.checks import paths_exist
 from library.options.optimizer import OptimizerOptions
-from library.run_record import ARGUMENT_RULES, RULES, Changes, Rule, differences, refuse_differences, run_record
+from library.run_record import (
+    ARGUMENT_RULES,
+    RULES,
+    Changes,
+    Rule,
+    data_record,
+    differences,
+    refuse_differences,
+    run_record,
+)
 from library.state_files import POSITION_FILE, find_state
 from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
+from tests.test_metadata import group_of, make_images
 
 TOTAL = 10  # steps of the schedules
 
@@ -250,6 +261,35 @@ def test_each_difference_is_one_line_that_says_what_was_what_is_and_what_happens
     assert {rule for table in ARGUMENT_RULES.values() for rule in table.values()} == {Rule.APPLIED}
 
 
+def test_changed_data_is_named_and_a_moved_folder_is_no_change(tmp_path: Path) -> None:
+    make_images(tmp_path / "data" / "cats", {"a": "cat, red", "b": "cat"})
+
+    def compared(settings: str = "", dataset: str = "", folder: str = "data") -> list[str]:
+        """What differs from the first call."""
+        config = tmp_path / "data.toml"
+        config.write_text(
+            f'[[datasets]]\nresolution = 64\n{dataset}\n[[datasets.subsets]]\ncaption_extension = ".txt"\n'
+            f'image_dir = "{tmp_path / folder / "cats"}"\n{settings}\n',
+            encoding="utf-8",
+        )
+        facts = data_record(group_of(make_options(dataset_config=str(config))))
+        now = run_record(make_options(), num_processes=1, seed=1, data=facts)
+        first.setdefault("record", now)
+        return [item.name for item in differences(first["record"], now)]
+
+    first: dict[str, Any] = {}
+    assert compared() == []
+    assert compared("num_repeats = 2") == ["the images, their sizes or repeats"]
+    assert compared("flip_aug = true") == ["the settings of the datasets"]
+    assert compared(dataset="batch_size = 2") == ["the batch size"]
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    assert compared(folder="moved") == []
+    (tmp_path / "moved" / "cats" / "a.txt").write_text("cat, blue", encoding="utf-8")
+    assert compared(folder="moved") == ["the captions"]
+    (tmp_path / "moved" / "cats" / "b.png").rename(tmp_path / "moved" / "cats" / "c.png")
+    assert "the images, their sizes or repeats" in compared(folder="moved")
+
+
 # --- damaged states --------------------------------------------------------------------------------------------
 FILES = (
     POSITION_FILE, "model.safetensors", "optimizer.safetensors", "optimizer.json", "scheduler.json",
@@ -297,6 +337,7 @@ def test_content_that_does_not_fit_is_one_line_too(tmp_path: Path) -> None:
 def test_a_state_that_was_being_replaced_gets_its_name_back(tmp_path: Path) -> None:
     state = write_state(tmp_path / "run-state", step=7)
     os.replace(state, tmp_path / "run-state.old")
+    assert list(paths_exist(make_options(resume=f"{state}/"))) == []
     assert read_progress(state).position.step == 7 and state.is_dir()
     os.replace(state, tmp_path / "run-state.old")
     assert find_state(tmp_path, "run") == state
