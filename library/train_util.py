@@ -23,7 +23,7 @@ from library.finite import BatchResult, StepGuard, check_writable, total_norm
 from library.memory.fused_step import FusedBackward, FusedOptimizers, FusedStep, pieces_by_block, pieces_by_count
 from library.methods.base import ParameterGroup, TrainingMethod
 from library.optimizers import CreatedOptimizer, create_optimizer
-from library.saving import together
+from library.saving import tell, together
 from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
 
 if TYPE_CHECKING:
@@ -399,7 +399,7 @@ class Run:
         self.check_weights()
         self._check_optimizers()
         if accelerator.is_main_process:
-            print(f"\nsaving state: {folder}", flush=True)
+            tell(f"\nsaving state: {folder}")
         save_state(
             folder, self._parts(), progress, rank=accelerator.process_index,
             is_main_process=accelerator.is_main_process, phase=together(accelerator),
