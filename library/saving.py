@@ -231,6 +231,16 @@ def together(accelerator: Accelerator) -> Phase:
     return phase
 
 
+def tell(text: str) -> None:
+    """Print a line; where the messages go, there may be no space either, which is no reason to stop."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        logger.warning("%s (the output cannot be written: %s)", text.strip(), error)
+
+
 def free_space(folder: Path) -> str:
     """What is left on the disk of a folder, for messages."""
     try:
@@ -382,7 +392,7 @@ class Saver:
     def _model(self, path: Path, epoch: int, step: int) -> None:
         self.check()
         if self.is_main_process:
-            print(f"\nsaving checkpoint: {path}", flush=True)
+            tell(f"\nsaving checkpoint: {path}")
         self.phase(lambda: self._write_model(path, epoch, step))
 
     def _write_model(self, path: Path, epoch: int, step: int) -> None:

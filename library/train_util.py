@@ -28,7 +28,7 @@ from library.options.errors import UserError
 from library.options.namespaces import read_config_from_file as read_config_from_file
 from library.options.namespaces import verify_command_line_training_args as verify_command_line_training_args
 from library.run_record import Changes, Rule, differences, refuse_differences, run_record
-from library.saving import saving_words, together
+from library.saving import saving_words, tell, together
 from library.state_files import find_state
 from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
 
@@ -425,7 +425,7 @@ class Run:
         self.check_weights()
         self._check_optimizers()
         if accelerator.is_main_process:
-            print(f"\n{saving_words(folder)}: {folder}", flush=True)
+            tell(f"\n{saving_words(folder)}: {folder}")
         save_state(
             folder, self._parts(), progress, rank=accelerator.process_index,
             is_main_process=accelerator.is_main_process, phase=together(accelerator),

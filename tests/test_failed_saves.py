@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
-import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,18 +29,19 @@ from library.training_state import (
 )
 from tests.training import PHOTOS, train, write_config
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are a matter of POSIX")
-
 
 @contextmanager
-def no_space(size: int = 0) -> Iterator[None]:
-    """No file of this process can grow beyond `size` bytes: the system itself refuses to write."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+def no_space() -> Iterator[None]:
+    """The system cannot bring anything to the disk."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    original, os.fsync = os.fsync, refuse
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        os.fsync = original
 
 
 class TinyRun:
@@ -160,10 +162,7 @@ def test_an_end_that_cannot_be_written_leaves_the_newest_files_and_says_so(tmp_p
 
 
 def test_a_mistake_in_a_writer_is_no_trouble_with_the_disk(tmp_path):
-    run = TinyRun(tmp_path)
-    run.saver.write_model.__self__.write_model = None
     broken = TinyRun(tmp_path)
-    broken.module = torch.nn.Linear(1, 1)
     broken.optimizer = None
     with pytest.raises(AttributeError):
         broken.train(range(1, 2))
@@ -317,3 +316,18 @@ def test_a_script_begins_by_removing_them(tmp_path):
         "--dataset_config", write_config(tmp_path, photos), "--cache_latents", "--max_train_steps", "1", output_dir=out
     )
     assert names_in(out) == {"run.safetensors"}
+
+
+def test_a_full_disk_under_the_messages_does_not_end_a_save(tmp_path, monkeypatch):
+    class Full:
+        def write(self, text: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self) -> None:
+            pass
+
+    run = TinyRun(tmp_path)
+    monkeypatch.setattr(sys, "stdout", Full())
+    run.train(range(1, 2))
+    monkeypatch.undo()
+    assert run.models() == ["run-step00000001.safetensors"] and run.states() == [1]

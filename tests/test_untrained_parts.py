@@ -82,6 +82,7 @@ def test_a_trained_text_encoder_is_written_as_trained_and_precision_is_that_of_t
         *COMMON,
         "--save_model_as",
         "safetensors",
+        "--full_bf16",
         "--save_precision",
         "float",
         "--output_dir",
