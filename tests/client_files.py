@@ -24,7 +24,7 @@ from tests.sdxl_tiny import MODEL as SDXL
 from tests.training import MODEL, PHOTOS, TOKENIZERS
 
 FOLDER = Path(__file__).parent / "data" / "real_commands"
-_PARTS = {"argv": r"# argv", "config": r"# .*(--config_file$|training_config\.toml|TOML:|^# (config|default)\.toml)",
+_PARTS = {"argv": r"# argv", "config": r"# (the file named by --config_file|the TOML:|(training_config|config|default)\.toml)",
           "dataset": r"# dataset(_config)?\.toml", "prompts": r"# the prompt file"}  # fmt: skip
 
 
@@ -53,9 +53,9 @@ def sections(name: str) -> dict[str, str]:
 
 def command_lines(name: str) -> list[tuple[str, list[str]]]:
     """(script, the words after it) of every command of a file."""
-    text = re.sub(r"\\\n\s*", " ", sections(name)["argv"])
+    text = re.sub(r"\\\s*(\n\s*|$)", " ", sections(name)["argv"])
     commands = []
-    for words in (shlex.split(line) for line in text.replace(" \n--", " --").splitlines() if line.strip()):
+    for words in (shlex.split(line) for line in text.splitlines() if line.strip()):
         place = next(index for index, word in enumerate(words) if word.endswith(".py"))
         commands.append((words[place], words[place + 1 :]))
     return commands
@@ -82,8 +82,11 @@ def small_run(name: str, folder: Path, **changes: Any) -> list[str]:
         path = folder / "config.toml"
         path.write_text("".join(_lines(content)), "utf-8")
         words += ["--config_file", str(path)]
-    if sent.dataset:
-        words += ["--dataset_config", str(_small_dataset(sent.dataset, folder))]
+    if any(word.startswith("--dataset_config") for word in sent.words):
+        content = sent.dataset or {"datasets": [{"resolution": 64, "subsets": [{"image_dir": ""}]}]}
+        words += ["--dataset_config", str(_small_dataset(content, folder))]
+    elif "min_bucket_reso" not in _flat(sent.config) and "--min_bucket_reso" not in words:
+        words += ["--min_bucket_reso", "64"]
     if "--max_train_steps" not in words and "max_train_steps" not in _flat(sent.config):
         words += ["--max_train_steps", "2"]
     return [*words, "--tokenizer_cache_dir", str(TOKENIZERS)]

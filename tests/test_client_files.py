@@ -34,7 +34,10 @@ FILES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "15_hollowstrawberry_colab_xl.txt": ([], {}),
     "16_hollowstrawberry_colab_sd15_wrapper.txt": ([], {}),
     "19_lora_scripts_gui_flux.txt": ([FP8], {"fp8_base": None}),
-    "20_lora_scripts_toml_sd15.txt": ([], {}),
+    # its own launcher adds the prompts
+    "20_lora_scripts_toml_sd15.txt": (
+        ["sample pictures need --sample_prompts FILE."], {"sample_every_n_epochs": None}
+    ),
     "22_lora_training_in_comfy.txt": ([], {}),
     "26_issue_sdxl_full_prodigy.txt": ([], {}),
     "29_lora_easy_backend.txt": (

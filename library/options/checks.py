@@ -91,12 +91,14 @@ class Checked:
 
 def check_options(options: Options, script: ScriptOptions) -> Checked:
     """Everything that can be said about the options without loading anything."""
+    given = options
     options, warnings = adjusted(options)
     groups = script.group_names()
     problems = [text for needed, check in CHECKS if needed in groups for text in check(options)]
     problems += [text for check in script.problems for text in check(options)]
     warnings += [text for needed, warn in WARNINGS if needed in groups for text in warn(options)]
     warnings += [text for warn in script.warnings for text in warn(options)]
+    warnings += losers(given)
     return Checked(options, tuple(problems), tuple(warnings))
 
 
@@ -437,7 +439,6 @@ WARNINGS: tuple[tuple[str, Check], ...] = (
     ("model", never_mapped),
     ("noise", zero_terminal_snr_without_v),
     ("saving", keeping_without_saving),
-    ("training", losers),
 )
 
 
