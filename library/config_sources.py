@@ -6,11 +6,12 @@ import json
 import logging
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from library.config_schema import ConfigError, SupportedKinds, shown_key
+from library.config_schema import KEYS, ConfigError, SupportedKinds, shown_key
+from library.options import Options
+from library.options.toml_text import decoded, parsed
 
 logger = logging.getLogger(__name__)
 
@@ -30,26 +31,38 @@ def read_dataset_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError([f"--dataset_config {path}: the file name must end in .toml or .json"])
     text = _read_text(file)
     try:
-        content = tomllib.loads(text) if suffix == ".toml" else json.loads(text, object_pairs_hook=_unique_keys)
+        content = parsed(text) if suffix == ".toml" else json.loads(text, object_pairs_hook=_unique_keys)
     except ValueError as error:
         raise ConfigError([f"{path}: the file is not valid {suffix[1:].upper()}: {_reason(error, text)}"]) from error
     except RecursionError as error:
         raise ConfigError([f"{path}: lists and tables are nested too deeply to be `general` or `datasets`"]) from error
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: the file must hold a table with the keys `general` and `datasets`"])
+    _refuse_options(content, path)
     return content
+
+
+def _refuse_options(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """A file with options of the command line instead of datasets is one mistake, not one per key."""
+    if "datasets" in content:
+        return
+    tables = [value for value in content.values() if isinstance(value, dict)]
+    known = Options.specs()
+    options = [key for table in (content, *tables) for key in table if key in known and key not in KEYS]
+    if options:
+        raise ConfigError([
+            f"--dataset_config {path}: the file holds options ({', '.join(options[:3])}): give it as --config_file "
+            f"{path}; a dataset file has [general] and [[datasets]]"
+        ])  # fmt: skip
 
 
 def _read_text(file: Path) -> str:
     try:
-        content = file.read_bytes()
-        return content.decode("utf-8-sig")
+        return decoded(file.read_bytes())
     except OSError as error:
         raise ConfigError([f"--dataset_config {file}: the file cannot be read ({error.strerror})"]) from error
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        problem = f"{file}: line {line}: the file is not UTF-8 text ({error.reason}); save it as UTF-8"
-        raise ConfigError([problem]) from error
+    except ValueError as error:
+        raise ConfigError([f"{file}: {error}"]) from error
 
 
 def _reason(error: ValueError, text: str) -> str:

@@ -21,6 +21,7 @@ from library.config_schema import (
     shown,
     shown_key,
 )
+from library.options import Options
 
 NOT_ALLOWED = "extra keys not allowed"
 REQUIRED = "required key not provided"
@@ -142,13 +143,15 @@ class Validator:
         key = KEYS.get(name)
         if key is None:
             known = ["general", "datasets"] if level is None else [*KEYS, "subsets"]
-            near = get_close_matches(name[:60].lower().replace("-", "_"), known, n=1)
+            is_option = name in Options.specs()
+            near = [] if is_option else get_close_matches(name[:60].lower().replace("-", "_"), known, n=1)
             if near:
                 return f"; did you mean {_with_levels(near[0])}?"
             if level is None:
                 return "; a dataset file has only [general] and [[datasets]]"
             allowed = [key for key in KEYS if self._is_allowed(key, level, kind)]
-            return f"; allowed in {LEVEL_NAMES[level]}: {', '.join(allowed)}"
+            place = "; it is an option of the command line and of --config_file" if is_option else ""
+            return f"{place}; allowed in {LEVEL_NAMES[level]}: {', '.join(allowed)}"
         if key.is_caption_dropout and not self.supported.caption_dropout:
             return "; this script has no caption dropout"
         if not any(supported in key.kinds for supported in self.supported.kinds()):

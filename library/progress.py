@@ -6,7 +6,11 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from library.options.errors import UserError
+from library.options.toml_text import read_toml
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -126,10 +130,10 @@ def _tracker_arguments(options: Options) -> dict[str, dict[str, Any]]:
     logs = options.logging
     arguments: dict[str, dict[str, Any]] = {}
     if logs.log_tracker_config:
-        import tomllib
-
-        with open(logs.log_tracker_config, "rb") as file:
-            arguments = tomllib.load(file)
+        try:
+            arguments = read_toml(Path(logs.log_tracker_config))
+        except ValueError as error:
+            raise UserError(f"--log_tracker_config {logs.log_tracker_config}: {error}") from error
     if logs.wandb_run_name:
         arguments.setdefault("wandb", {}).setdefault("name", logs.wandb_run_name)
     return arguments

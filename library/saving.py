@@ -89,13 +89,13 @@ def remove_saved(path: Path) -> None:
     """Delete a model file, a model folder or a state folder; a missing one is fine, a stubborn one stays."""
     try:
         if path.is_dir():
-            print(f"removing old {'state' if path.name.endswith('-state') else 'model'}: {path}", flush=True)
+            tell(f"removing old {'state' if path.name.endswith('-state') else 'model'}: {path}")
             scratch = path.with_name(f"{path.name}.incomplete")  # half of a folder never stands under its name
             shutil.rmtree(scratch, ignore_errors=True)
             os.replace(path, scratch)
             shutil.rmtree(scratch, ignore_errors=True)
         elif path.exists():
-            print(f"removing old checkpoint: {path}", flush=True)
+            tell(f"removing old checkpoint: {path}")
             path.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s cannot be removed and stays: %s", path, error)

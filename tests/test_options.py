@@ -160,6 +160,11 @@ def test_complete_options_have_no_problems_and_no_warnings(tmp_path: Path) -> No
         ({"scale_v_pred_loss_like_noise_pred": True}, "needs --v_parameterization"),
         ({"v_pred_like_loss": 0.5, "v_parameterization": True}, "cannot be combined with --v_parameterization"),
         ({"adaptive_noise_scale": 0.1}, "needs --noise_offset"),
+        ({"min_timestep": 500, "max_timestep": 500}, "--min_timestep 500 must be below --max_timestep 500"),
+        ({"min_timestep": 1000}, "--min_timestep 1000 must be below --max_timestep 1000"),
+        ({"max_train_steps": 0}, "--max_train_steps 0 is not allowed: it must be at least 1"),
+        ({"optimizer_type": "absent_package.came.CAME"}, "there is no Python module absent_package; install"),
+        ({"lr_scheduler_type": "torch.absent.Rex"}, "there is no Python module torch.absent; install"),
         ({"adaptive_noise_scale": 0.1, "noise_offset": 0}, "needs --noise_offset"),
         ({"cache_latents": True, "random_crop": True}, "--cache_latents cannot be combined with --random_crop"),
         ({"sample_every_n_steps": 5}, "sample pictures need --sample_prompts"),
@@ -203,6 +208,13 @@ def test_all_problems_are_reported_together() -> None:
         ({"zero_terminal_snr": True}, "--zero_terminal_snr without --v_parameterization"),
         ({"save_last_n_epochs": 2}, "--save_last_n_epochs has no effect"),
         ({"save_last_n_steps": 2}, "--save_last_n_steps has no effect"),
+        ({"max_train_steps": 50, "max_train_epochs": 1}, "--max_train_steps has no effect together with --max_train_e"),
+        ({"save_n_epoch_ratio": 2, "save_every_n_epochs": 1}, "--save_every_n_epochs has no effect together"),
+        ({"initial_step": 5, "initial_epoch": 2}, "--initial_epoch has no effect together with --initial_step"),
+        ({"caption_extention": ".a", "caption_extension": ".b"}, "--caption_extension has no effect together"),
+        ({"xformers": True, "mem_eff_attn": True}, "--mem_eff_attn has no effect together with --xformers"),
+        ({"lr_scheduler_type": "torch.optim.lr_scheduler.ConstantLR", "lr_scheduler": "cosine"}, "--lr_scheduler has"),
+        ({"network_train_unet_only": True, "text_encoder_lr": 1e-5}, "--text_encoder_lr has no effect together"),
     ],
 )
 def test_odd_combination_is_a_warning(tmp_path: Path, values: dict[str, Any], message: str) -> None:
@@ -215,8 +227,10 @@ def test_odd_combination_is_a_warning(tmp_path: Path, values: dict[str, Any], me
     ("values", "name", "wanted"),
     [
         ({"cache_latents_to_disk": True}, "cache_latents", True),
-        ({"sample_every_n_steps": 0}, "sample_every_n_steps", None),
-        ({"save_every_n_epochs": 0}, "save_every_n_epochs", None),
+        ({"sample_every_n_steps": -1}, "sample_every_n_steps", None),
+        ({"save_every_n_epochs": -1}, "save_every_n_epochs", None),
+        ({"output_name": "x.safetensors"}, "output_name", "x"),
+        ({"output_name": "v1.5.CKPT"}, "output_name", "v1.5"),
         (
             {"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0},
             "persistent_data_loader_workers",
@@ -229,6 +243,16 @@ def test_implied_values_are_filled_in(values: dict[str, Any], name: str, wanted:
     checked = check_options(make_options(**values), NETWORK_TRAINING)
     assert checked.options.flat()[name] == wanted
     assert bool(checked.warnings) == (name != "caption_extension")
+
+
+def test_options_that_are_off_or_at_their_default_are_not_spoken_about(tmp_path: Path) -> None:
+    off = {
+        "sample_every_n_steps": 0, "sample_every_n_epochs": 0, "save_every_n_epochs": 0, "save_last_n_epochs": 0,
+        "save_n_epoch_ratio": 0, "adaptive_noise_scale": 0, "max_train_epochs": 3, "max_train_steps": 1600,
+        "output_name": "v1.5", "min_timestep": 0,
+        "max_timestep": 1000, "validate_every_n_steps": 0,
+    }  # fmt: skip
+    assert (problems(**complete(tmp_path) | off), warnings(**complete(tmp_path) | off)) == ("", "")
 
 
 def test_with_a_dataset_file_its_subsets_decide_about_caching(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.generation.request import MAX_SEED, MAX_SIDE, MAX_STEPS, TRAINING_SAMPLES, ImageRequest, parse_prompt_line
+from library.options.toml_text import decoded, parsed
 from library.sampling_spec import SamplingDefaults
 
 EXTENSIONS = (".txt", ".toml", ".json")
@@ -110,9 +110,16 @@ def read_prompt_file(path: Path) -> list[PromptEntry]:
     """
     check_prompt_file(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _decoded(path)
         return {".txt": _text_entries, ".toml": _toml_entries, ".json": _json_entries}[path.suffix.lower()](path, text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the prompt file cannot be read: {error}") from error
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+    except ValueError as error:
         raise ValueError(f"{path}: the prompt file cannot be read: {error}") from error
 
 
@@ -122,7 +129,10 @@ def _text_entries(path: Path, text: str) -> list[PromptEntry]:
 
 
 def _toml_entries(path: Path, text: str) -> list[PromptEntry]:
-    table = tomllib.loads(text).get("prompt")
+    try:
+        table = parsed(text).get("prompt")
+    except ValueError as error:
+        raise ValueError(f"{path}: the prompt file cannot be read: {error}") from error
     subsets = table.get("subset") if isinstance(table, dict) else None
     if not isinstance(table, dict) or not isinstance(subsets, list) or not subsets:
         raise ValueError(f"{path}: a table [prompt] with at least one [[prompt.subset]] is needed")

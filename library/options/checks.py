@@ -15,6 +15,7 @@ from typing import Any
 from library.options import Options
 from library.options.errors import UserError
 from library.options.key_values import read_literals, read_texts
+from library.options.precedence import losers
 from library.options.record import OptionRecord
 from library.options.script_options import Check, ScriptOptions
 
@@ -34,7 +35,6 @@ RANGES: Mapping[str, tuple[float | None, float | None]] = {
     "max_data_loader_n_workers": (0, None),
     "vae_batch_size": (1, None),
     "text_encoder_batch_size": (1, None),
-    "max_train_steps": (1, None),
     "max_train_epochs": (1, None),
     "gradient_accumulation_steps": (1, None),
     "seed": (0, 2**32 - 1),
@@ -91,12 +91,14 @@ class Checked:
 
 def check_options(options: Options, script: ScriptOptions) -> Checked:
     """Everything that can be said about the options without loading anything."""
+    given = options
     options, warnings = adjusted(options)
     groups = script.group_names()
     problems = [text for needed, check in CHECKS if needed in groups for text in check(options)]
     problems += [text for check in script.problems for text in check(options)]
     warnings += [text for needed, warn in WARNINGS if needed in groups for text in warn(options)]
     warnings += [text for warn in script.warnings for text in warn(options)]
+    warnings += losers(given)
     return Checked(options, tuple(problems), tuple(warnings))
 
 
@@ -123,16 +125,28 @@ def adjusted(options: Options) -> tuple[Options, list[str]]:
     for name in INTERVALS:
         if flat[name] is not None and flat[name] < 1:
             changes[name] = None
-            warnings.append(f"--{name} {flat[name]} is less than 1 and therefore off.")
+            if flat[name] < 0:
+                warnings.append(f"--{name} {flat[name]} is less than 1 and therefore off.")
+    if flat["output_name"] and (stem := without_ending(flat["output_name"])) != flat["output_name"]:
+        changes["output_name"] = stem
+        warnings.append(f"--output_name {flat['output_name']}: names have no ending; {stem} is used.")
     if flat["persistent_data_loader_workers"] and flat["max_data_loader_n_workers"] == 0:
         changes["persistent_data_loader_workers"] = False
         warnings.append("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0.")
     return options.with_values(**changes), warnings
 
 
+def without_ending(name: str) -> str:
+    """A name of saved files without the ending of a model file that it has."""
+    ending = next((suffix for suffix in MODEL_SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(ending)] or name
+
+
 # --- problems ------------------------------------------------------------------------------------------------
 def ranges(options: Options) -> Iterator[str]:
-    return out_of_range(options.flat(), RANGES)
+    yield from out_of_range(options.flat(), RANGES)
+    if options.training.max_train_epochs is None:
+        yield from out_of_range(options.flat(), {"max_train_steps": (1, None)})
 
 
 def out_of_range(
@@ -198,6 +212,18 @@ def old_optimizer_flags(options: Options) -> Iterator[str]:
         yield "--use_8bit_adam and --use_lion_optimizer cannot be combined."
     if flags and chosen.optimizer_type:
         yield f"--{flags[0]} cannot be combined with --optimizer_type {chosen.optimizer_type}: remove one of them."
+
+
+def missing_packages(options: Options) -> Iterator[str]:
+    """Classes by dotted path whose module surely does not exist."""
+    for name in ("optimizer_type", "lr_scheduler_type"):
+        path = getattr(options.optimizer, name)
+        module = path.rpartition(".")[0]
+        if module and is_missing_module(module):
+            yield (
+                f"--{name} {path}: there is no Python module {missing_part(module)}; install the package that has it, "
+                "or choose another."
+            )
 
 
 def fused_backward(options: Options) -> Iterator[str]:
@@ -282,8 +308,12 @@ def prediction_type(options: Options) -> Iterator[str]:
 
 
 def noise(options: Options) -> Iterator[str]:
-    if options.noise.adaptive_noise_scale is not None and not options.noise.noise_offset:
+    chosen = options.noise
+    if chosen.adaptive_noise_scale and not chosen.noise_offset:
         yield "--adaptive_noise_scale needs --noise_offset."
+    low, high = chosen.min_timestep or 0, 1000 if chosen.max_timestep is None else chosen.max_timestep
+    if low >= high:
+        yield f"--min_timestep {low} must be below --max_timestep {high}, which is itself not used."
 
 
 def caching(options: Options) -> Iterator[str]:
@@ -338,6 +368,13 @@ def _problems_of(read: Callable[[Iterable[str], str], Any], items: Iterable[str]
     return ()
 
 
+def missing_part(module: str) -> str:
+    """The shortest beginning of a dotted name that is missing."""
+    parts = module.split(".")
+    beginnings = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return next((name for name in beginnings if is_missing_module(name)), module)
+
+
 def is_missing_module(name: str) -> bool:
     """Whether a dotted module name surely cannot be imported. Imports nothing: looks one level into its package."""
     top, *rest = name.split(".")
@@ -360,6 +397,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("training", ranges),
     ("dataset", paths_exist),
     ("optimizer", old_optimizer_flags),
+    ("optimizer", missing_packages),
     ("optimizer", fused_backward),
     ("memory", fused_optimizers),
     ("optimizer", warm_up),
@@ -393,7 +431,7 @@ def never_mapped(options: Options) -> Iterator[str]:
 def keeping_without_saving(options: Options) -> Iterator[str]:
     saving = options.saving
     for what in ("epochs", "steps"):
-        if getattr(saving, f"save_last_n_{what}") is not None and getattr(saving, f"save_every_n_{what}") is None:
+        if getattr(saving, f"save_last_n_{what}") and not getattr(saving, f"save_every_n_{what}"):
             if what == "steps" or not saving.save_n_epoch_ratio:
                 yield f"--save_last_n_{what} has no effect without --save_every_n_{what}."
 

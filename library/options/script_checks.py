@@ -69,9 +69,9 @@ def t5_training(options: Options) -> Iterator[str]:
 def rates_of_frozen_text_encoders(options: Options) -> Iterator[str]:
     chosen = options.full
     for name in ("learning_rate_te", "learning_rate_te1", "learning_rate_te2"):
-        if getattr(chosen, name) is not None and not chosen.train_text_encoder:
+        if getattr(chosen, name) and not chosen.train_text_encoder:
             yield f"--{name} has no effect without --train_text_encoder."
-    if chosen.learning_rate_te3 is not None and not chosen.train_t5xxl:
+    if chosen.learning_rate_te3 and not chosen.train_t5xxl:
         yield "--learning_rate_te3 has no effect without --train_t5xxl."
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from library.options.declare import OptionSpec
 from library.options.errors import UserError
 from library.options.suggestions import meaning
+from library.options.toml_text import read_toml
 
 NEVER_WRITTEN = frozenset({"config_file", "output_config", "wandb_api_key", "huggingface_token"})
 
@@ -38,11 +38,16 @@ def read_config(path: Path, specs: Mapping[str, OptionSpec], script: str) -> Con
     TOML. Unknown keys give one warning, bad values one problem each.
     """
     try:
-        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        content = read_toml(path)
     except FileNotFoundError:
         raise UserError(f"--config_file: there is no file {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config_file: {path} cannot be read as TOML: {error}") from error
+    if isinstance(content.get("datasets"), list):
+        raise UserError(
+            f"--config_file: {path} is a dataset file ([[datasets]]): give it as --dataset_config {path}; "
+            "--config_file names a file with options."
+        )
     values: dict[str, Any] = {}
     problems: list[str] = []
     unknown: list[str] = []
