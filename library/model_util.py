@@ -82,7 +82,7 @@ def _load_file(path: Path, spec: LoadSpec) -> SdModules:
     check_not_quantised(tensors.shapes, source=str(path))
     _require_version(recognise(tensors.shapes), spec)
     tensors = layout_sd.normalize(tensors)
-    layout_sd.check_foreign_keys(tensors, v2=spec.v2)
+    layout_sd.warn_of_foreign_keys(tensors, v2=spec.v2)
     text = layout_sd.text_tensors(tensors, v2=spec.v2)
     if not text and TEXT in spec.parts:
         raise ValueError(f"{path} holds no text encoder; a complete checkpoint is needed.")

@@ -24,6 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.finite import check_finite
+from library.checkpoints.tensors import load_tensors
+
 logger = logging.getLogger(__name__)
 
 BUILT_IN = "networks.lora"
@@ -140,7 +143,7 @@ def create_for_generation(
     network, weights = import_network_module(module_name).create_network_from_weights(
         multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True, **(arguments or {})
     )
-    return _created(network, module_name, path), weights
+    return _from_file(network, module_name, path), weights
 
 
 def create_from_tensors(
@@ -162,7 +165,7 @@ def merge_base_weights(
     network, weights = import_network_module(module_name).create_network_from_weights(
         multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True
     )
-    network = _created(network, module_name, path)
+    network = _from_file(network, module_name, path)
     if not hasattr(network, "merge_to"):
         raise ValueError(f"--base_weights: networks of {module_name} cannot be merged into a model.")
     network.merge_to(models.text_encoder, models.unet, weights, dtype, device)
@@ -171,6 +174,16 @@ def merge_base_weights(
 def _created(network: Network | None, module_name: str | None, source: Any) -> Network:
     if network is None:
         raise ValueError(f"--network_module {module_name} made no network from {source}.")
+    return network
+
+
+def _from_file(network: Network | None, module_name: str | None, path: str | Path) -> Network:
+    """The network, which knows its file's name; files of networks that do not look for NaN themselves are looked at."""
+    network = _created(network, module_name, path)
+    if hasattr(network, "weights_source"):
+        network.weights_source = str(path)
+    else:
+        check_finite(str(path), load_tensors(path))
     return network
 
 
@@ -199,6 +212,8 @@ def apply(network: Network, models: HostModels, train_text_encoder: bool, train_
 def load_weights(network: Network, path: str | Path) -> Any:
     """Load `--network_weights` into an applied network; returns the network's own report."""
     _require_file(path, "--network_weights")
+    if not hasattr(network, "weights_source"):
+        check_finite(str(path), load_tensors(path))
     return network.load_weights(str(path))
 
 

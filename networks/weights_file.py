@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.checkpoints.file_kind import read_json_table
 from library.checkpoints.tensors import is_safetensors, load_tensors, read_metadata, save_pickle, save_tensors
 from library.hashes import sshs_hashes
 from networks.peft_names import PeftSettings, has_other_names, settings_in, to_own_names
@@ -63,7 +63,7 @@ def load_network_file(
 def _peft_settings(path: Path) -> dict[str, PeftSettings]:
     config = path.with_name("adapter_config.json")
     if path.stem == "adapter_model" and config.is_file():
-        return {"": PeftSettings.read(json.loads(config.read_text(encoding="utf-8")))}
+        return {"": PeftSettings.read(read_json_table(config))}
     return settings_in(read_metadata(path))
 
 
