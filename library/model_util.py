@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library import model_files
 from library.checkpoints import layout_sd, layout_unet
 from library.checkpoints.folders import part_file, read_config
+from library.checkpoints.misfits import naming_file
 from library.checkpoints.recognition import ModelKind, check_not_quantised, recognise, require_kind
 from library.checkpoints.tensors import RenamedTensors, Shapes, fill_module, open_tensors, shapes_of
 from library.model_files import DENOISER, TEXT, VAE, PipelineFolder, locate, recorded_prediction_type, scheduler_config
@@ -139,14 +140,16 @@ def build_unet(
 
     config = config or {}
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
-    shapes = shapes_of(tensors if linear_projections is None else layout_unet.with_projections(tensors, linear=True))
-    arguments = layout_unet.unet_config(shapes, heads=tuple(heads) if isinstance(heads, list) else heads)
+    with naming_file(tensors):
+        uniform = tensors if linear_projections is None else layout_unet.with_projections(tensors, linear=True)
+        heads = tuple(heads) if isinstance(heads, list) else heads
+        arguments = layout_unet.unet_config(shapes_of(uniform), heads=heads)
     if linear_projections is not None:
         tensors = layout_unet.with_projections(tensors, linear=linear_projections)
         arguments["use_linear_projection"] = linear_projections
     arguments["sample_size"] = config.get("sample_size") or 64
     arguments["upcast_attention"] = bool(config.get("upcast_attention", False))
-    with torch.device("meta"):
+    with naming_file(tensors), torch.device("meta"):
         unet: Any = UNet2DConditionModel(**arguments)
     rename_time_embedding(unet)
     fill_module(unet, layout_unet.to_diffusers(tensors), component="U-Net", dtype=dtype, device=device)

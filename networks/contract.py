@@ -178,13 +178,23 @@ def _created(network: Network | None, module_name: str | None, source: Any) -> N
 
 
 def _from_file(network: Network | None, module_name: str | None, path: str | Path) -> Network:
-    """The network, which knows its file's name; files of networks that do not look for NaN themselves are looked at."""
+    """The network, which knows its file's name."""
     network = _created(network, module_name, path)
     if hasattr(network, "weights_source"):
         network.weights_source = str(path)
-    else:
-        check_finite(str(path), load_tensors(path))
+    _look_for_nan(network, path)
     return network
+
+
+def _look_for_nan(network: Network, path: str | Path) -> None:
+    """Does for networks of other packages what ours do by themselves; a file format of their own is their business."""
+    if hasattr(network, "weights_source"):
+        return
+    try:
+        tensors = load_tensors(path)
+    except ValueError:
+        return
+    check_finite(str(path), tensors)
 
 
 def _require_file(path: str | Path, option: str) -> None:
@@ -212,8 +222,7 @@ def apply(network: Network, models: HostModels, train_text_encoder: bool, train_
 def load_weights(network: Network, path: str | Path) -> Any:
     """Load `--network_weights` into an applied network; returns the network's own report."""
     _require_file(path, "--network_weights")
-    if not hasattr(network, "weights_source"):
-        check_finite(str(path), load_tensors(path))
+    _look_for_nan(network, path)
     return network.load_weights(str(path))
 
 

@@ -63,6 +63,10 @@ _SINGLE = {
     "norm.query_norm": ("attn.norm_q",),
     "norm.key_norm": ("attn.norm_k",),
 }
+_ROOTS = tuple({
+    "double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks.",
+    *(f"{name.partition('.')[0]}." for names in _ENDS.items() for name in (names[0], *names[1])),
+})  # fmt: skip
 
 
 # --- which keys ------------------------------------------------------------------------------------------------
@@ -93,14 +97,12 @@ def warn_of_foreign_keys(tensors: LazyTensors) -> None:
 
 
 def _foreign_keys(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Known left-overs; in a file whose transformer has a prefix, everything that begins like no part of it."""
-    roots = {key.removeprefix(UNET_PREFIX).partition(".")[0] for key in tensors if key.startswith(UNET_PREFIX)}
-    return [
-        key
-        for key in tensors
-        if not key.startswith(COMPANION_PREFIXES) and not is_ignorable(key.removeprefix(UNET_PREFIX))
-        and (is_left_over(key) or (roots and not key.startswith(UNET_PREFIX) and key.partition(".")[0] not in roots))
-    ]  # fmt: skip
+    """Known left-overs; in a file whose transformer has a prefix, also what begins like no part of a transformer."""
+    has_prefix = any(key.startswith(UNET_PREFIX) for key in tensors)
+    others = [key for key in tensors if not key.startswith(COMPANION_PREFIXES)]
+    others = [key for key in others if not is_ignorable(key.removeprefix(UNET_PREFIX))]
+    known = (UNET_PREFIX, *_ROOTS) if has_prefix else ("",)
+    return [key for key in others if is_left_over(key) or not key.startswith(known)]
 
 
 def autoencoder_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:

@@ -122,7 +122,10 @@ class RenamedTensors(LazyTensors):
         for new, (old, operation) in self._plan.items():
             shape, dtype = shapes[old], dtypes[old]
             if operation is not None:
-                result = operation(torch.empty(shape, dtype=dtype, device="meta"))
+                try:
+                    result = operation(torch.empty(shape, dtype=dtype, device="meta"))
+                except (RuntimeError, IndexError) as error:
+                    raise ValueError(f"{self.source}: {old} has the shape {list(shape)}, which is wrong.") from error
                 shape, dtype = tuple(result.shape), result.dtype
             self.shapes[new], self.dtypes[new] = shape, dtype
 
