@@ -9,7 +9,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from library.checkpoints.tensors import LazyTensors, Shapes
+from library.checkpoints.tensors import UNREADABLE, LazyTensors, Shapes
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,9 @@ def preserved(source: LazyTensors, is_replaced: Callable[[str], bool]) -> dict[s
     averages = 0
     for key in source:
         if is_replaced(key):
+            continue
+        if source.dtypes[key] == UNREADABLE:
+            logger.warning("%s: %s is not written again: its dtype is not known", source.source, key)
             continue
         if is_stale(key):
             averages += key.startswith("model_ema.")

@@ -161,11 +161,11 @@ def _check_size(path: Path, name: str, shape: list[int], dtype: str, found: int)
 
 def _check_places(path: Path, entries: Mapping[str, HeaderEntry], data_start: int, size: int) -> None:
     """The tensors must fill the file from the header to the last byte, without gaps and without sharing bytes."""
+    needed = max((entry.end for entry in entries.values()), default=data_start)
+    if needed > size:
+        raise ValueError(f"{path} is incomplete: {size} bytes of {needed}. Copy or download it again.")
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.end > size:
-            needed = max(entry.end for entry in entries.values())
-            raise ValueError(f"{path} is incomplete: {size} bytes of {needed}. Copy or download it again.")
         if entry.begin < position:
             _refuse(path, name, f"its bytes overlap another tensor's by {position - entry.begin}")
         if entry.begin > position:

@@ -120,18 +120,19 @@ def _restricted_pickle_module(discarded: set[str]) -> Any:
 
 
 def _read(path: Path) -> tuple[Any, set[str]]:
+    """The content and the names of what was discarded. Files are opened here: torch looks at a path's ending."""
     discarded: set[str] = set()
     try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True), discarded
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True), discarded
     except (EOFError, RuntimeError, OSError, MemoryError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {_first_line(error)}. It may be incomplete.") from error
     except Exception:
         logger.debug("%s holds more than tensors; reading it with everything else discarded", path)
     try:
         module = _restricted_pickle_module(discarded)
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module), discarded
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=module), discarded
     except Exception as error:
         found = f"It asks for {', '.join(sorted(discarded)[:10])}. " if discarded else ""
         raise ValueError(
