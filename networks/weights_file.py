@@ -69,7 +69,9 @@ def _in_their_forms(weights: dict[str, Tensor], *, source: str) -> dict[str, Ten
                 raise ValueError(f"{source}: {key} has the shape {list(value.shape)}; it must be one number.")
             weights[key] = value.reshape(())
         elif key.endswith(_FACTORS) and value.dim() < 2:
-            raise ValueError(f"{source}: {key} has the shape {list(value.shape)}; factors are matrices or convolutions.")
+            raise ValueError(
+                f"{source}: {key} has the shape {list(value.shape)}; factors are matrices or convolutions."
+            )
     return weights
 
 

@@ -7,7 +7,8 @@ import random
 from typing import Any
 
 JSON_VALUES: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 7, 2**31, 2**60, 2**63, -(2**60), 10**30, 0.5, 1e300, "", "F32", "x", [], [0], {}, [[]], {"a": 1},
+    None, True, False, -1, 0, 1, 7, 2**31, 2**60, 2**63, -(2**60), 10**30, 0.5, 1e300, "", "F32", "x", [], [0], {},
+    [[]], {"a": 1},
     ["a"], [None], [-1, 4], [2**60, 2**60], [0, 2**62, 2**62],
 )  # fmt: skip
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "U16", "U64", "BOOL", "F8_E4M3", "F4", "C64", "f32")
@@ -34,7 +35,9 @@ def flipped(data: bytes, draw: random.Random) -> bytes:
     changed = bytearray(data)
     reach = draw.choice((16, 600, min(len(data), 40_000)))
     for _ in range(draw.choice((1, 1, 2, 5, 50))):
-        changed[draw.randrange(min(reach, len(data)))] = draw.choice((draw.randrange(256), ord(draw.choice('{}[]":,0-9')) ))
+        changed[draw.randrange(min(reach, len(data)))] = draw.choice(
+            (draw.randrange(256), ord(draw.choice('{}[]":,0-9')))
+        )
     return bytes(changed)
 
 
@@ -97,7 +100,11 @@ def _shape(header: dict[str, Any], name: str, draw: random.Random) -> None:
 def _same_bytes(header: dict[str, Any], name: str, draw: random.Random) -> None:
     """A consistent entry of another dtype or without elements: nothing in the header contradicts it."""
     entry = header[name]
-    if not isinstance(entry, dict) or not isinstance(entry.get("data_offsets"), list) or len(entry["data_offsets"]) != 2:
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("data_offsets"), list)
+        or len(entry["data_offsets"]) != 2
+    ):
         return
     begin, end = entry["data_offsets"]
     if not (isinstance(begin, int) and isinstance(end, int)):
@@ -122,7 +129,11 @@ def _renamed(header: dict[str, Any], name: str, draw: random.Random) -> None:
     new = draw.choice(("", "x", "a.b.c.d.e", "\u0000", "é\n", name + ".", name.replace(".", ""), name[1:], "\ud800"))
     if digits and draw.random() < 0.7:
         place = draw.choice(digits)
-        new = name[:place] + draw.choice(("9", "99", "4000000000", "9" * 30, "-1", "٣", "x", "0" * 20)) + name[place + 1 :]
+        new = (
+            name[:place]
+            + draw.choice(("9", "99", "4000000000", "9" * 30, "-1", "٣", "x", "0" * 20))
+            + name[place + 1 :]
+        )
     header[new] = header.pop(name)
 
 
@@ -147,13 +158,13 @@ def _emptied(header: dict[str, Any], name: str, draw: random.Random) -> None:
 
 
 def _metadata(header: dict[str, Any], name: str, draw: random.Random) -> None:
-    header["__metadata__"] = draw.choice((*JSON_VALUES, {"a": None}, {"format": 3}, {"lora_adapter_metadata": "{"},
-        {"lora_adapter_metadata": "[1]"}, {"lora_adapter_metadata": '{"a": 1}'}, {"modelspec.prediction_type": 5}))  # fmt: skip
+    texts = ({"lora_adapter_metadata": text} for text in ("{", "[1]", '{"a": 1}'))
+    header["__metadata__"] = draw.choice((*JSON_VALUES, {"a": None}, {"modelspec.prediction_type": 5}, *texts))
 
 
 HEADER_CHANGES = (
-    _field, _missing_field, _entry, _dtype, _shape, _shape, _same_bytes, _offsets, _renamed, _renamed, _removed, _emptied,
-    _metadata,
+    _field, _missing_field, _entry, _dtype, _shape, _shape, _same_bytes, _offsets, _renamed, _renamed, _removed,
+    _emptied, _metadata,
 )  # fmt: skip
 
 
@@ -163,8 +174,9 @@ def other_text(data: bytes, draw: random.Random) -> bytes:
     text = json.dumps(header)
     name = next(name for name in header if name != "__metadata__")
     texts = (
-        "[]", "null", "3", '"x"', "", "{", "{}", "[" * 50_000, '{"a":' * 50_000 + "1" + "}" * 50_000, "NaN", "{" + "9" * 6000 + "}",
-        f'{{"a": {"9" * 6000}}}', text[:-1], text + "}", text[:-1] + f',{json.dumps(name)}:{json.dumps(header[name])}}}',
+        "[]", "null", "3", '"x"', "", "{", "{}", "[" * 50_000, '{"a":' * 50_000 + "1" + "}" * 50_000, "NaN",
+        "{" + "9" * 6000 + "}", f'{{"a": {"9" * 6000}}}', text[:-1], text + "}",
+        text[:-1] + f',{json.dumps(name)}:{json.dumps(header[name])}}}',
         text.replace('"dtype"', '"Dtype"'), text.replace(":", ";", 1), text.replace("]", ""), " " * 40 + text,
         text.encode("utf-16").decode("latin1"), json.dumps([header]), text[:-1] + ',"q":Infinity}',
     )  # fmt: skip
@@ -172,7 +184,8 @@ def other_text(data: bytes, draw: random.Random) -> bytes:
 
 
 SAFETENSORS = (
-    truncated, flipped, cut_or_doubled, other_length, other_header, other_header, other_header, other_header, other_text,
+    truncated, flipped, cut_or_doubled, other_length, other_header, other_header, other_header, other_header,
+    other_text,
 )  # fmt: skip
 PICKLES = (truncated, flipped, flipped, flipped, cut_or_doubled)
 

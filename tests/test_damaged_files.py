@@ -64,11 +64,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     save_file({"emb_params": torch.ones(2, 32)}, folder / "word.safetensors")
     stored = load_tensors(MODEL)
     prefix = "first_stage_model."
-    save_file({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}, folder / "vae.safetensors")
+    save_file(
+        {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}, folder / "vae.safetensors"
+    )
     torch.save({"state_dict": stored, "global_step": 3}, folder / "model.ckpt")
     torch.save(load_tensors(lora), folder / "lora.pt", _use_new_zipfile_serialization=False)
     torch.save({"string_to_param": {"*": torch.ones(2, 32)}, "name": "word"}, folder / "word.pt")
-    paths = [MODEL, *(MODELS / f"{name}_tiny.safetensors" for name in ("sdxl", "sd3", "flux", "clip_l", "t5xxl", "flux_ae"))]
+    paths = [
+        MODEL,
+        *(MODELS / f"{name}_tiny.safetensors" for name in ("sdxl", "sd3", "flux", "clip_l", "t5xxl", "flux_ae")),
+    ]
     return {path.name: path.read_bytes() for path in (*paths, *folder.iterdir())}
 
 
@@ -116,7 +121,9 @@ class Readers:
         self.family = tiny_family()
 
     def attached(self, path: Path) -> None:
-        options = AttachedNetworkOptions(network_module=("networks.lora",), network_weights=(str(path),), network_merge=True)
+        options = AttachedNetworkOptions(
+            network_module=("networks.lora",), network_weights=(str(path),), network_merge=True
+        )
         attach_networks(options, self.family, device="cpu", dtype=torch.float32)
 
     def of(self, name: str) -> list[Callable[[Path], object]]:
@@ -143,7 +150,7 @@ def frequency(name: str) -> int:
 
 
 def outcome_of(reader: Callable[[Path], object], path: Path) -> str:
-    """"read", "refused", or what is wrong with the way in which it failed."""
+    """Either "read" or "refused", or what is wrong with the way in which it failed."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -244,7 +244,9 @@ def test_a_model_with_nan_is_refused_by_name_and_drawn_from_with_one_warning(tmp
     stored = load_file(MODEL)
     names = ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_in.bias"]
     save_file({**stored, **{n: spoilt(stored[n], 2) for n in names}}, tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match=r"bad\.safetensors is spoilt: NaN or infinite numbers in first_stage_model\.dec"):
+    with pytest.raises(
+        ValueError, match=r"bad\.safetensors is spoilt: NaN or infinite numbers in first_stage_model\.dec"
+    ):
         load_model(LoadSpec(str(tmp_path / "bad.safetensors")))
     with only_warned():
         load_model(LoadSpec(str(tmp_path / "bad.safetensors")))
@@ -305,7 +307,10 @@ def test_harmless_extra_keys_are_one_warning_and_the_model_is_used(name, load, i
 
 def test_left_overs_inside_a_part_are_one_warning_and_unknown_parts_are_refused(tmp_path, caplog):
     stored, key = load_file(MODEL), f"{UNET_PREFIX}out.2"
-    save_file({**stored, f"{key}.lora_up.weight": torch.ones(2, 2), f"{key}.alpha": torch.ones(())}, tmp_path / "a.safetensors")
+    save_file(
+        {**stored, f"{key}.lora_up.weight": torch.ones(2, 2), f"{key}.alpha": torch.ones(())},
+        tmp_path / "a.safetensors",
+    )
     load_model(LoadSpec(str(tmp_path / "a.safetensors")))
     assert "2 tensors belong to no part of the model and are not used" in caplog.text
     save_file({**stored, f"{key}.second": torch.ones(2)}, tmp_path / "b.safetensors")

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says; what only looks like a model file is named as what it is."""
+"""What a file is by its first bytes, whatever its name says; what only looks like a model is named as what it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NaN and infinite numbers in files: found once, when a tensor is read for use; refused, or warned about when drawing."""
+"""NaN and infinite numbers in files: found once, when a tensor is read for use; refused, or a warning when drawing."""
 
 from __future__ import annotations
 

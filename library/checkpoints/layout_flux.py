@@ -74,7 +74,8 @@ def transformer_tensors(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """The transformer of a FLUX file of either layout, under its original names and without a prefix.
 
     Keys of companions (autoencoder, text encoders), keys outside the prefix that the transformer has, and keys that
-    mean nothing are left out; any other key stays, so that filling the model names it. Raises ValueError for quantised weights and for a key that is there twice.
+    mean nothing are left out; any other key stays, so that filling the model names it. Raises ValueError for quantised
+    weights and for a key that is there twice.
     """
     source = getattr(tensors, "source", "the given tensors")
     plan: dict[str, tuple[str, Operation | None]] = {}

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 METADATA = "__metadata__"
 #: bytes of one element
 ITEM_SIZES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 _LENGTH_LIMIT = 100_000_000  # bytes of a header; the format's own limit
 _SIDES_LIMIT = 64  # dimensions of a tensor, as in torch

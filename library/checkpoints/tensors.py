@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints.file_kind import holds_safetensors, is_named_safetensors, read_json_table
 from library.checkpoints.extras import without_left_overs
+from library.checkpoints.file_kind import holds_safetensors, is_named_safetensors, read_json_table
 from library.checkpoints.finite import count_non_finite, notice_non_finite
 from library.checkpoints.safetensors_header import Header, read_header
 from library.checkpoints.unpickle import load_pickle
@@ -29,7 +29,8 @@ Operation = Callable[[Tensor], Tensor]
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
-    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: stands for a dtype that is not known here: such a tensor has a name and a shape, but cannot be read

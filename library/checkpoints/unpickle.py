@@ -126,7 +126,9 @@ def _read(path: Path) -> tuple[Any, set[str]]:
         with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True), discarded
     except (EOFError, RuntimeError, OSError, MemoryError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {_first_line(error)}. It may be incomplete.") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: {_first_line(error)}. It may be incomplete."
+        ) from error
     except Exception:
         logger.debug("%s holds more than tensors; reading it with everything else discarded", path)
     try:
