@@ -164,6 +164,8 @@ def load_model(spec: FluxLoadSpec) -> FluxModules:
     """
     location = locate(spec)
     source = _open(location, spec.option)
+    if source.whole is not None:
+        layout_flux.warn_of_foreign_keys(source.whole)
     sources = {}
     for kind in ENCODERS if TEXT in spec.parts else ():
         encoder = _find(kind, spec, location, source.whole)

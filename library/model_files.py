@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import layout_clip
+from library.checkpoints.file_kind import holds_safetensors
 from library.checkpoints.folders import (
     hub_folder,
     model_index,
@@ -139,7 +140,7 @@ def _to_dtype(dtype: torch.dtype | None) -> Operation:
 
 def total_counters(source: Path, counters: tuple[int, int]) -> tuple[int, int]:
     """(epochs, steps) of this run on top of those that a pickled source file holds."""
-    if not source.is_file() or is_safetensors(source):
+    if not source.is_file() or holds_safetensors(source):
         return counters
     content = load_pickle(source)
     return (content.epoch or 0) + counters[0], (content.global_step or 0) + counters[1]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library import model_files
 from library.checkpoints import layout_sd, layout_unet
 from library.checkpoints.folders import part_file, read_config
+from library.checkpoints.misfits import naming_file
 from library.checkpoints.recognition import ModelKind, check_not_quantised, recognise, require_kind
 from library.checkpoints.stored import fill_from_file, weights_of
 from library.checkpoints.tensors import RenamedTensors, Shapes, open_tensors, shapes_of
@@ -83,7 +84,7 @@ def _load_file(path: Path, spec: LoadSpec) -> SdModules:
     check_not_quantised(tensors.shapes, source=str(path))
     _require_version(recognise(tensors.shapes), spec)
     tensors = layout_sd.normalize(tensors)
-    layout_sd.check_foreign_keys(tensors, v2=spec.v2)
+    layout_sd.warn_of_foreign_keys(tensors, v2=spec.v2)
     text = layout_sd.text_tensors(tensors, v2=spec.v2)
     if not text and TEXT in spec.parts:
         raise ValueError(f"{path} holds no text encoder; a complete checkpoint is needed.")
@@ -140,14 +141,16 @@ def build_unet(
 
     config = config or {}
     heads = config.get("num_attention_heads") or config.get("attention_head_dim")
-    shapes = shapes_of(tensors if linear_projections is None else layout_unet.with_projections(tensors, linear=True))
-    arguments = layout_unet.unet_config(shapes, heads=tuple(heads) if isinstance(heads, list) else heads)
+    with naming_file(tensors):
+        uniform = tensors if linear_projections is None else layout_unet.with_projections(tensors, linear=True)
+        heads = tuple(heads) if isinstance(heads, list) else heads
+        arguments = layout_unet.unet_config(shapes_of(uniform), heads=heads)
     if linear_projections is not None:
         tensors = layout_unet.with_projections(tensors, linear=linear_projections)
         arguments["use_linear_projection"] = linear_projections
     arguments["sample_size"] = config.get("sample_size") or 64
     arguments["upcast_attention"] = bool(config.get("upcast_attention", False))
-    with torch.device("meta"):
+    with naming_file(tensors), torch.device("meta"):
         unet: Any = UNet2DConditionModel(**arguments)
     rename_time_embedding(unet)
     accept_single_values(unet)

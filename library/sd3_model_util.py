@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from library.checkpoints import layout_sd3, layout_t5
+from library.checkpoints.file_kind import holds_safetensors
 from library.checkpoints.folders import part_file
 from library.checkpoints.stored import weights_of
-from library.checkpoints.tensors import LazyTensors, is_safetensors, open_tensors, save_tensors, shapes_of
+from library.checkpoints.tensors import LazyTensors, open_tensors, save_tensors, shapes_of
 from library.encoder_files import EncoderKind, EncoderSource, find_encoder
 from library.model_files import (
     DENOISER,
@@ -72,7 +73,7 @@ def load_model(spec: Sd3LoadSpec) -> Sd3Modules:
     tensors = _open(location)
     whole = tensors if location.is_file() else None
     kind = layout_sd3.model_type(tensors.shapes, source=str(location), option=spec.option)
-    layout_sd3.check_foreign_keys(tensors)
+    layout_sd3.warn_of_foreign_keys(tensors)
     sources = encoder_sources(spec, location, whole) if TEXT in spec.parts else {}
     for name in (CLIP_L.name, CLIP_G.name):
         if name not in sources and TEXT in spec.parts:
@@ -144,9 +145,11 @@ def problems_with_files(spec: Sd3LoadSpec) -> list[str]:
         if given and not Path(given).exists()
     ]
     path = Path(spec.path)
-    if found or not path.exists() or (path.is_file() and not is_safetensors(path)):
+    if found or not path.exists():
         return found
     try:
+        if path.is_file() and not holds_safetensors(path):
+            return found
         location = _locate(spec)
         tensors = _open(location)
         layout_sd3.model_type(tensors.shapes, source=str(location), option=spec.option)

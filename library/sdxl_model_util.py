@@ -80,7 +80,7 @@ def _load_file(path: Path, spec: LoadSpec) -> SdxlModules:
     file = open_tensors(path)
     layout_sdxl.check_file(file, option=spec.option)
     tensors = layout_sdxl.normalize(file)
-    layout_sdxl.check_foreign_keys(tensors)
+    layout_sdxl.warn_of_foreign_keys(tensors)
     text1, text2 = layout_sdxl.text1_tensors(tensors), layout_sdxl.text2_tensors(tensors)
     for number, part in ((1, text1), (2, text2)):
         if not part and TEXT in spec.parts:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.finite import check_finite
+from library.checkpoints.tensors import load_tensors
 from library.options.key_values import read_texts
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ def create_for_generation(
     network, weights = import_network_module(module_name).create_network_from_weights(
         multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True, **(arguments or {})
     )
-    return _created(network, module_name, path), weights
+    return _from_file(network, module_name, path), weights
 
 
 def create_from_tensors(
@@ -156,7 +158,7 @@ def merge_base_weights(
     network, weights = import_network_module(module_name).create_network_from_weights(
         multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True
     )
-    network = _created(network, module_name, path)
+    network = _from_file(network, module_name, path)
     if not hasattr(network, "merge_to"):
         raise ValueError(f"--base_weights: networks of {module_name} cannot be merged into a model.")
     network.merge_to(models.text_encoder, models.unet, weights, dtype, device)
@@ -166,6 +168,26 @@ def _created(network: Network | None, module_name: str | None, source: Any) -> N
     if network is None:
         raise ValueError(f"--network_module {module_name} made no network from {source}.")
     return network
+
+
+def _from_file(network: Network | None, module_name: str | None, path: str | Path) -> Network:
+    """The network, which knows its file's name."""
+    network = _created(network, module_name, path)
+    if hasattr(network, "weights_source"):
+        network.weights_source = str(path)
+    _look_for_nan(network, path)
+    return network
+
+
+def _look_for_nan(network: Network, path: str | Path) -> None:
+    """Does for networks of other packages what ours do by themselves; a file format of their own is their business."""
+    if hasattr(network, "weights_source"):
+        return
+    try:
+        tensors = load_tensors(path)
+    except ValueError:
+        return
+    check_finite(str(path), tensors)
 
 
 def _require_file(path: str | Path, option: str) -> None:
@@ -193,6 +215,7 @@ def apply(network: Network, models: HostModels, train_text_encoder: bool, train_
 def load_weights(network: Network, path: str | Path) -> Any:
     """Load `--network_weights` into an applied network; returns the network's own report."""
     _require_file(path, "--network_weights")
+    _look_for_nan(network, path)
     return network.load_weights(str(path))
 
 

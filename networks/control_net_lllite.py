@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.checkpoints.finite import check_finite
 from library.checkpoints.tensors import (
     cast,
     check_keys,
@@ -151,6 +152,7 @@ class ControlNetLLLite(nn.Module):
         tensors = load_tensors(file)
         expected = shapes_of(self.state_dict())
         check_keys(expected, shapes_of(tensors), component="ControlNet-LLLite of this model", source=str(file))
+        check_finite(str(file), tensors)
         self.load_state_dict(tensors)
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from library.checkpoints.finite import check_finite
 from networks.adapter import full_precision
 from networks.weights_file import with_alphas
 
@@ -77,6 +78,7 @@ def lora_modules(weights: Mapping[str, Tensor], *, source: str) -> dict[str, Lor
     missing = [f"{name}.{part}" for name in names for part in _SUPPORTED[:2] if f"{name}.{part}" not in weights]
     if missing or not names:
         raise ValueError(f"{source}: incomplete LoRA; missing: {', '.join(missing[:5]) or 'everything, it is empty'}.")
+    check_finite(source, weights)
     modules = {}
     for name in names:
         down, up = (full_precision(weights[f"{name}.{part}"]) for part in _SUPPORTED[:2])

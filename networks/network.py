@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.finite import check_finite
 from networks.adapter import Adapter
 from networks.groups import OptimizerGroups, PlusRatios, rates_per_encoder
 from networks.peft_names import to_own_names
@@ -118,6 +119,8 @@ class AdapterNetwork(nn.Module):
 
     #: number the text encoders in log names even when all share one learning rate
     numbers_text_encoders = False
+    #: how messages call the weights that are merged: the file, once it is known
+    weights_source = "weights to merge"
 
     def __init__(
         self, encoders: Sequence[EncoderAdapters], denoiser_adapters: Sequence[Adapter], settings: NetworkSettings
@@ -296,6 +299,7 @@ class AdapterNetwork(nn.Module):
         check_usable(weights, state.keys(), source=source)
         check_ranks(weights, self._ranks(), source=source)
         check_shapes(weights, state, source=source)
+        check_finite(source, {key: value for key, value in weights.items() if key in state})
 
     def _ranks(self) -> dict[str, int]:
         ranks = {adapter.lora_name: getattr(adapter, "lora_dim", None) for adapter in self.adapters}
@@ -320,7 +324,7 @@ class AdapterNetwork(nn.Module):
     ) -> None:
         """Write the change that `weights_sd` describes into the weights of the model; only modules in it take part."""
         weights = self.convert_weights(weights_sd)
-        self._check(weights, source="weights to merge")
+        self._check(weights, source=self.weights_source)
         self.load_state_dict(weights, strict=False)
         in_file = {key.partition(".")[0] for key in weights}
         merged = [adapter for adapter in self.adapters if adapter.lora_name in in_file]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.checkpoints.file_kind import read_json_table
 from library.checkpoints.tensors import is_safetensors, load_tensors, read_metadata, save_pickle, save_tensors
 from library.hashes import sshs_hashes
 from networks.peft_names import PeftSettings, has_other_names, settings_in, to_own_names
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 #: parts of keys that belong to algorithms which LoRA modules cannot express
 FOREIGN_PARTS = ("lora_mid", "dora_scale", "hada_", "lokr_", "oft_", "glora", "lora_A", "lora_B")
+_FACTORS = ("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight")
 
 
 def save_network_file(
@@ -54,16 +55,30 @@ def load_network_file(
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{option}: {path} does not exist.")
-    weights = load_tensors(path)
+    weights = _in_their_forms(load_tensors(path), source=str(path))
     if not has_other_names(weights):
         return weights
     return to_own_names(weights, encoder_prefixes, _peft_settings(Path(path)))
 
 
+def _in_their_forms(weights: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """The same with single numbers as alphas. Raises ValueError for an alpha of many and a factor without sides."""
+    for key, value in weights.items():
+        if key.endswith(".alpha"):
+            if value.numel() != 1:
+                raise ValueError(f"{source}: {key} has the shape {list(value.shape)}; it must be one number.")
+            weights[key] = value.reshape(())
+        elif key.endswith(_FACTORS) and value.dim() < 2:
+            raise ValueError(
+                f"{source}: {key} has the shape {list(value.shape)}; factors are matrices or convolutions."
+            )
+    return weights
+
+
 def _peft_settings(path: Path) -> dict[str, PeftSettings]:
     config = path.with_name("adapter_config.json")
     if path.stem == "adapter_model" and config.is_file():
-        return {"": PeftSettings.read(json.loads(config.read_text(encoding="utf-8")))}
+        return {"": PeftSettings.read(read_json_table(config))}
     return settings_in(read_metadata(path))
 
 
@@ -112,7 +127,7 @@ def check_usable(weights: Mapping[str, Any], expected: Collection[str], *, sourc
 
 def check_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str) -> None:
     """ValueError that names the first tensor with another size than the network's; ranks must agree already."""
-    wrong = [key for key, value in weights.items() if key in expected and value.numel() != expected[key].numel()]
+    wrong = [key for key, value in weights.items() if key in expected and _sides(value) != _sides(expected[key])]
     if wrong:
         key = wrong[0]
         raise ValueError(
@@ -120,6 +135,11 @@ def check_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
             f"{list(weights[key].shape)} in the file, {list(expected[key].shape)} needed. Is it for another model "
             "(version)?"
         )
+
+
+def _sides(tensor: Tensor) -> list[int]:
+    """A shape without sides of 1: matrices and 1x1 convolutions stand for each other."""
+    return [side for side in tensor.shape if side != 1]
 
 
 def check_ranks(weights: Mapping[str, Tensor], ranks: Mapping[str, int], *, source: str) -> None:

@@ -400,6 +400,8 @@ def test_files_without_metadata_and_missing_files(capsys, tmp_path) -> None:
     assert "no.safetensors" in line
     [line] = failure(capsys, show_metadata.TOOL)
     assert "--model" in line
-    shutil.copy(tmp_path / "m.pt", tmp_path / "broken.safetensors")
+    shutil.copy(tmp_path / "m.pt", tmp_path / "pickle.safetensors")
+    assert shown(capsys, "--model", tmp_path / "pickle.safetensors") == "No metadata found\n"
+    (tmp_path / "broken.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:-1])
     [line] = failure(capsys, show_metadata.TOOL, "--model", tmp_path / "broken.safetensors")
-    assert "safetensors" in line
+    assert "broken.safetensors is incomplete" in line

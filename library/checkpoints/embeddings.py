@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.checkpoints.file_kind import holds_safetensors
+from library.checkpoints.finite import check_finite
 from library.checkpoints.tensors import cast, is_safetensors, load_tensors, save_pickle, save_tensors
 from library.checkpoints.unpickle import load_pickle
 
@@ -77,9 +79,9 @@ def write_layer_embeddings(
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: there is no such embedding file.")
-    return load_tensors(path) if is_safetensors(path) else load_pickle(path, entry="string_to_param").tensors
+    return load_tensors(path) if holds_safetensors(path) else load_pickle(path, entry="string_to_param").tensors
 
 
 def _write(path: str | Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None, metadata: Any) -> None:
@@ -94,6 +96,7 @@ def _rows(path: str | Path, key: str, tensor: Tensor) -> Tensor:
     rows = tensor[None] if tensor.ndim == 1 else tensor
     if rows.ndim != 2 or not rows.is_floating_point() or not rows.numel():
         raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}; embeddings are vectors [n, width].")
+    check_finite(str(path), {key: rows})
     return rows
 
 

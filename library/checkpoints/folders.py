@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.checkpoints.file_kind import read_json_table
 from library.checkpoints.tensors import atomic_write, cast, is_safetensors, save_pickle, save_tensors
 
 _PICKLE_STEMS = {"model": "pytorch_model"}
@@ -43,7 +44,7 @@ def part_file(folder: Path, part: str, variant: str | None = None) -> Path:
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A component's settings file; empty if there is none."""
     path = folder / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_table(path) if path.is_file() else {}
 
 
 def hub_patterns(suffix: str, variant: str | None = None) -> tuple[list[str], list[str]]:

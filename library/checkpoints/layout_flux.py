@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from library.checkpoints import layout_vae
+from library.checkpoints.extras import is_left_over, warn_of_extras
 from library.checkpoints.recognition import UNET_PREFIX, check_not_quantised, is_ignorable
 from library.checkpoints.tensors import (
     JoinedTensors,
@@ -62,20 +63,26 @@ _SINGLE = {
     "norm.query_norm": ("attn.norm_q",),
     "norm.key_norm": ("attn.norm_k",),
 }
+_ROOTS = tuple({
+    "double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks.",
+    *(f"{name.partition('.')[0]}." for names in _ENDS.items() for name in (names[0], *names[1])),
+})  # fmt: skip
 
 
 # --- which keys ------------------------------------------------------------------------------------------------
 def transformer_tensors(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """The transformer of a FLUX file of either layout, under its original names and without a prefix.
 
-    Keys of companions (autoencoder, text encoders) and keys that mean nothing are left out; any other key stays, so
-    that filling the model names it. Raises ValueError for quantised weights and for a key that is there twice.
+    Keys of companions (autoencoder, text encoders), keys outside the prefix that the transformer has, and keys that
+    mean nothing are left out; any other key stays, so that filling the model names it. Raises ValueError for quantised
+    weights and for a key that is there twice.
     """
     source = getattr(tensors, "source", "the given tensors")
     plan: dict[str, tuple[str, Operation | None]] = {}
+    foreign = set(_foreign_keys(tensors))
     for key in tensors:
         name = key.removeprefix(UNET_PREFIX)
-        if key.startswith(COMPANION_PREFIXES) or is_ignorable(name):
+        if key in foreign or key.startswith(COMPANION_PREFIXES) or is_ignorable(name):
             continue
         if name in plan:
             raise ValueError(f"{source}: {name} is there twice, with and without the prefix {UNET_PREFIX}.")
@@ -83,6 +90,20 @@ def transformer_tensors(tensors: Mapping[str, Tensor]) -> LazyTensors:
     part = RenamedTensors(tensors, plan)
     check_not_quantised(part.shapes, source=source)
     return to_original(part) if any(key.startswith("transformer_blocks.") for key in part) else part
+
+
+def warn_of_foreign_keys(tensors: LazyTensors) -> None:
+    """One warning about the keys of a file that belong to no part of the model."""
+    warn_of_extras(_foreign_keys(tensors), source=tensors.source)
+
+
+def _foreign_keys(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Known left-overs; in a file whose transformer has a prefix, also what begins like no part of a transformer."""
+    has_prefix = any(key.startswith(UNET_PREFIX) for key in tensors)
+    others = [key for key in tensors if not key.startswith(COMPANION_PREFIXES)]
+    others = [key for key in others if not is_ignorable(key.removeprefix(UNET_PREFIX))]
+    known = (UNET_PREFIX, *_ROOTS) if has_prefix else ("",)
+    return [key for key in others if is_left_over(key) or not key.startswith(known)]
 
 
 def autoencoder_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import layout_clip, layout_unet, layout_vae
+from library.checkpoints.extras import warn_of_extras
 from library.checkpoints.recognition import UNET_PREFIX, is_ignorable, preserved
 from library.checkpoints.tensors import LazyTensors, RenamedTensors, Shapes, select, shapes_of
 
@@ -21,7 +22,7 @@ _SD1_TEXT_ROOTS = ("embeddings.", "encoder.", "final_layer_norm.")
 def normalize(tensors: Mapping[str, Tensor]) -> RenamedTensors:
     """The whole file with `text_model.` inserted where an SD1 file lacks it, and without keys that mean nothing.
 
-    Keys that neither belong to a component nor are known to be harmless stay, so that `check_foreign_keys` sees them.
+    Keys that neither belong to a component nor are known to be harmless stay, so that `warn_of_foreign_keys` sees them.
     """
     plan = {}
     for key in tensors:
@@ -71,14 +72,11 @@ def sd2_layers(shapes: Shapes) -> int:
     return count - 1 if "text_projection" in shapes else count
 
 
-def check_foreign_keys(tensors: LazyTensors, *, v2: bool) -> None:
-    """Raises ValueError for keys of a (normalised) file that belong to no component."""
-    prefixes = (UNET_PREFIX, VAE_PREFIX, SD2_TEXT_PREFIX if v2 else SD1_TEXT_PREFIX)
-    if not any(key.startswith(UNET_PREFIX) for key in tensors):
-        return
-    foreign = [key for key in tensors if not key.startswith(prefixes)]
-    if foreign:
-        raise ValueError(f"{tensors.source}: {len(foreign)} unexpected keys: {', '.join(foreign[:10])}.")
+def warn_of_foreign_keys(tensors: LazyTensors, *, v2: bool) -> None:
+    """One warning about the keys of a (normalised) file that belong to no component; bare U-Nets are not looked at."""
+    known = (UNET_PREFIX, VAE_PREFIX, SD2_TEXT_PREFIX if v2 else SD1_TEXT_PREFIX)
+    if any(key.startswith(UNET_PREFIX) for key in tensors):
+        warn_of_extras([key for key in tensors if not key.startswith(known)], source=tensors.source)
 
 
 # --- the way back ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import layout_clip, layout_vae
+from library.checkpoints.extras import is_left_over, warn_of_extras
 from library.checkpoints.recognition import UNET_PREFIX, ModelKind, check_not_quantised, is_ignorable, recognise
 from library.checkpoints.tensors import (
     JoinedTensors,
@@ -67,6 +68,7 @@ def transformer_tensors(tensors: Mapping[str, Tensor]) -> LazyTensors:
     if not part:
         others = (VAE_PREFIX, TEXT_PREFIX)
         names = [key for key in tensors if not key.startswith(others) and not is_ignorable(key)]
+        names = [key for key in names if not is_left_over(key)]
         part = RenamedTensors(tensors, {key: (key, None) for key in names})
     return from_diffusers(part) if "transformer_blocks.0.attn.add_k_proj.bias" in part else part
 
@@ -98,14 +100,12 @@ def _identity_like(vector: Tensor) -> Tensor:
     return torch.eye(vector.shape[0], dtype=vector.dtype, device=vector.device)
 
 
-def check_foreign_keys(tensors: LazyTensors) -> None:
-    """Raises ValueError for keys of a file with prefixes that belong to no component."""
-    if not any(key.startswith(UNET_PREFIX) for key in tensors):
-        return
+def warn_of_foreign_keys(tensors: LazyTensors) -> None:
+    """One warning about the keys of a file that belong to no component; of a bare transformer, known left-overs."""
     known = (UNET_PREFIX, VAE_PREFIX, *(f"{TEXT_PREFIX}{name}." for name in TEXT_ENCODERS))
+    has_prefix = any(key.startswith(UNET_PREFIX) for key in tensors)
     foreign = [key for key in tensors if not key.startswith(known) and not is_ignorable(key)]
-    if foreign:
-        raise ValueError(f"{tensors.source}: {len(foreign)} unexpected keys: {', '.join(foreign[:10])}.")
+    warn_of_extras([key for key in foreign if has_prefix or is_left_over(key)], source=tensors.source)
 
 
 def to_single_file(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.checkpoints import layout_clip, layout_unet, layout_vae
+from library.checkpoints.extras import warn_of_extras
 from library.checkpoints.layout_unet import UnetStructure
 from library.checkpoints.recognition import UNET_PREFIX, ModelKind, check_kind, is_ignorable, preserved
 from library.checkpoints.tensors import LazyTensors, RenamedTensors, Shapes, dtypes_of, select, shapes_of
@@ -48,7 +49,7 @@ def check_file(tensors: LazyTensors, *, option: str) -> None:
 def normalize(tensors: Mapping[str, Tensor]) -> RenamedTensors:
     """The whole file with `text_model.` where its first text encoder lacks it, without keys that mean nothing.
 
-    Keys that neither belong to a component nor are known to be harmless stay, so that `check_foreign_keys` sees them.
+    Keys that neither belong to a component nor are known to be harmless stay, so that `warn_of_foreign_keys` sees them.
     """
     plan = {}
     for key in tensors:
@@ -67,13 +68,10 @@ def _normal_name(key: str) -> str | None:
     return None if inner is None else TEXT1_PREFIX + inner
 
 
-def check_foreign_keys(tensors: LazyTensors) -> None:
-    """Raises ValueError for keys of a (normalised) file that belong to no component; bare U-Nets are not checked."""
-    if not any(key.startswith(UNET_PREFIX) for key in tensors):
-        return
-    foreign = [key for key in tensors if not key.startswith(COMPONENT_PREFIXES)]
-    if foreign:
-        raise ValueError(f"{tensors.source}: {len(foreign)} unexpected keys: {', '.join(foreign[:10])}.")
+def warn_of_foreign_keys(tensors: LazyTensors) -> None:
+    """One warning about the keys of a (normalised) file that belong to no component; bare U-Nets are not looked at."""
+    if any(key.startswith(UNET_PREFIX) for key in tensors):
+        warn_of_extras([key for key in tensors if not key.startswith(COMPONENT_PREFIXES)], source=tensors.source)
 
 
 def unet_tensors(tensors: Mapping[str, Tensor]) -> RenamedTensors:

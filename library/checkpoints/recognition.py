@@ -155,6 +155,9 @@ def preserved(source: LazyTensors, is_replaced: Callable[[str], bool]) -> dict[s
     for key in source:
         if is_replaced(key):
             continue
+        if not source.is_readable(key):
+            logger.warning("%s: %s is not written again: its dtype is not known", source.source, key)
+            continue
         if is_stale(key):
             averages += key.startswith("model_ema.")
             continue

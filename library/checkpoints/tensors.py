@@ -15,6 +15,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints.extras import without_left_overs
+from library.checkpoints.file_kind import holds_safetensors, is_named_safetensors, read_json_table
+from library.checkpoints.finite import count_non_finite, notice_non_finite
+from library.checkpoints.safetensors_header import Header, read_header
 from library.checkpoints.unpickle import load_pickle
 
 logger = logging.getLogger(__name__)
@@ -24,18 +28,19 @@ Operation = Callable[[Tensor], Tensor]
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
+    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+#: stands for a dtype that is not known here: such a tensor has a name and a shape, but cannot be read
+UNREADABLE = torch.bits8
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[A-Za-z]+)$")
 
 
-def is_safetensors(path: str | Path) -> bool:
-    """Whether the name says safetensors (`.safetensors` or `.sft`, any case); everything else is a pickle."""
-    return Path(path).suffix.lower() in (".safetensors", ".sft")
+#: by name, for files to be written; what a file that exists holds is `file_kind`'s question
+is_safetensors = is_named_safetensors
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -56,6 +61,14 @@ class LazyTensors(Mapping[str, Tensor]):
     def __contains__(self, key: object) -> bool:
         return key in self.shapes
 
+    def is_readable(self, key: str) -> bool:
+        """Whether the tensor's dtype is known here."""
+        return self.dtypes[key] != UNREADABLE
+
+    def name_in_file(self, key: str) -> str:
+        """What the file calls a tensor, which may stand here under another name."""
+        return key
+
 
 class SafetensorsFile(LazyTensors):
     """One safetensors file, read tensor by tensor with plain reads, so that nothing of it stays mapped."""
@@ -63,30 +76,28 @@ class SafetensorsFile(LazyTensors):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.source = str(path)
-        header, self._data_start = _read_header(self.path)
-        self.metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
-        self._entries: dict[str, dict[str, Any]] = header
-        for key, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{path}: {key} has dtype {entry['dtype']}, which is not supported.")
-        self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-        self.dtypes = {key: _DTYPES[entry["dtype"]] for key, entry in header.items()}
+        header: Header = read_header(self.path)
+        self.metadata = header.metadata
+        self._entries = header.entries
+        self.shapes = {key: entry.shape for key, entry in header.entries.items()}
+        self.dtypes = {key: _DTYPES.get(entry.dtype, UNREADABLE) for key, entry in header.entries.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         entry, dtype = self._entries[key], self.dtypes[key]
-        begin, end = entry["data_offsets"]
-        if begin == end:
-            return torch.empty(entry["shape"], dtype=dtype)
-        buffer = torch.empty(end - begin, dtype=torch.uint8)
+        if dtype == UNREADABLE:
+            raise ValueError(f"{self.path}: {key} has dtype {entry.dtype}, which is not supported.")
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=dtype)
+        buffer = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._data_start + begin)
+            file.seek(entry.begin)
             view = buffer.numpy().data
             while view:
                 count = file.readinto(view)
                 if not count:
                     raise ValueError(f"{self.path} ends inside {key}: the file is incomplete. Copy it again.")
                 view = view[count:]
-        return buffer.view(dtype).reshape(entry["shape"])
+        return buffer.view(dtype).reshape(entry.shape)
 
 
 class TensorDict(LazyTensors):
@@ -116,13 +127,19 @@ class RenamedTensors(LazyTensors):
         for new, (old, operation) in self._plan.items():
             shape, dtype = shapes[old], dtypes[old]
             if operation is not None:
-                result = operation(torch.empty(shape, dtype=dtype, device="meta"))
+                try:
+                    result = operation(torch.empty(shape, dtype=dtype, device="meta"))
+                except (RuntimeError, IndexError) as error:
+                    raise ValueError(f"{self.source}: {old} has the shape {list(shape)}, which is wrong.") from error
                 shape, dtype = tuple(result.shape), result.dtype
             self.shapes[new], self.dtypes[new] = shape, dtype
 
     def origins(self) -> dict[str, str]:
         """Old name -> new name (the last one, where several new tensors come from one old)."""
         return {old: new for new, (old, _) in self._plan.items()}
+
+    def name_in_file(self, key: str) -> str:
+        return name_in_file(self._tensors, self._plan[key][0])
 
     def __getitem__(self, key: str) -> Tensor:
         name, operation = self._plan[key]
@@ -153,6 +170,9 @@ class JoinedTensors(LazyTensors):
             first = shapes[names[0]]
             self.shapes[key] = first if len(names) == 1 else (sum(shapes[name][0] for name in names), *first[1:])
         self.dtypes = {key: dtypes[names[0]] for key, names in parts.items()}
+
+    def name_in_file(self, key: str) -> str:
+        return ", ".join(name_in_file(self._tensors, name) for name in self._parts[key])
 
     def __getitem__(self, key: str) -> Tensor:
         names = self._parts[key]
@@ -186,28 +206,16 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in tensors.items()}
 
 
+def name_in_file(tensors: Mapping[str, Tensor], key: str) -> str:
+    """What the file calls the tensor `key`."""
+    return tensors.name_in_file(key) if isinstance(tensors, LazyTensors) else key
+
+
 def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Key -> dtype, without reading lazy tensors."""
     if isinstance(tensors, LazyTensors):
         return tensors.dtypes
     return {key: value.dtype for key, value in tensors.items()}
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise ValueError(f"{path} is not a complete safetensors file ({size} bytes). Copy or download it again.")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file: its header cannot be read ({error}).") from error
-    needed = max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
-    if size < 8 + length + needed:
-        raise ValueError(f"{path} is incomplete: {size} bytes of {8 + length + needed}. Copy or download it again.")
-    return header, 8 + length
 
 
 def shard_paths(path: str | Path) -> list[Path]:
@@ -217,7 +225,9 @@ def shard_paths(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if _INDEX.search(path.name):
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_table(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{path}: weight_map is missing or no table of file names.")
         paths = [path.parent / name for name in sorted(set(weight_map.values()))]
     elif match := _SHARD.match(path.name):
         count = int(match["count"])
@@ -226,7 +236,7 @@ def shard_paths(path: str | Path) -> list[Path]:
     else:
         paths = [path]
     for item in paths:
-        if not item.is_file():
+        if not item.exists():
             raise FileNotFoundError(f"{item} does not exist" + (f" (needed by {path})." if item != path else "."))
     return paths
 
@@ -234,11 +244,12 @@ def shard_paths(path: str | Path) -> list[Path]:
 def open_tensors(path: str | Path) -> LazyTensors:
     """A tensor file (or all its shards) for lazy reading. Pickles are read at once, safetensors tensor by tensor.
 
-    Raises FileNotFoundError, or ValueError when the file is incomplete or holds anything but tensors.
+    What it is goes by its content, not by its name. Raises FileNotFoundError, or ValueError when the file is
+    incomplete, damaged, something else, or holds anything but tensors.
     """
     parts: list[LazyTensors] = []
     for item in shard_paths(path):
-        if is_safetensors(item):
+        if holds_safetensors(item):
             parts.append(SafetensorsFile(item))
         else:
             parts.append(TensorDict(load_pickle(item).tensors, source=str(item)))
@@ -248,19 +259,20 @@ def open_tensors(path: str | Path) -> LazyTensors:
 def load_tensors(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """All tensors of a file on `device`; floating ones cast to `dtype` if given, one at a time."""
+    """All tensors of a file on `device`; floating ones cast to `dtype` if given, one at a time.
+
+    Those of an unknown dtype are left out with a warning.
+    """
     tensors = open_tensors(path)
-    return {key: cast(tensors[key], dtype=dtype, device=device) for key in tensors}
+    unreadable = [key for key in tensors if not tensors.is_readable(key)]
+    if unreadable:
+        logger.warning("%s: left out, their dtype is not known: %s", path, ", ".join(unreadable[:10]))
+    return {key: cast(tensors[key], dtype=dtype, device=device) for key in tensors if key not in set(unreadable)}
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The text metadata of a safetensors file; empty for pickles, which have none."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    if not is_safetensors(path):
-        return {}
-    return SafetensorsFile(path).metadata
+    return SafetensorsFile(path).metadata if holds_safetensors(path) else {}
 
 
 def cast(tensor: Tensor, *, dtype: torch.dtype | None, device: torch.device | str | None = None) -> Tensor:
@@ -280,20 +292,30 @@ def fill_module(
     """Gives a module built on the meta device its tensors, read and cast one by one; nothing may be missing or left.
 
     Non-persistent buffers must be rebuilt by the caller first. Raises ValueError with file, component and up to ten
-    missing, unexpected and misshapen keys.
+    missing, unexpected and misshapen keys, for integers where numbers are needed, and for NaN and infinite numbers
+    (which `finite.only_warned` lets pass).
     """
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    shapes = shapes_of(tensors)
+    state = module.state_dict()
+    expected = {key: tuple(value.shape) for key, value in state.items()}
     source = getattr(tensors, "source", "the given tensors")
+    shapes = without_left_overs(expected, shapes_of(tensors), source=source)
     check_keys(expected, shapes, component=component, source=source)
+    spoilt = []
     for key in expected:
-        tensor = cast(tensors[key], dtype=dtype, device=device)
+        stored = tensors[key]
+        if state[key].is_floating_point() and not stored.is_floating_point():
+            raise ValueError(f"{source}: {name_in_file(tensors, key)} holds {stored.dtype}; float weights are needed.")
+        count = count_non_finite(stored)
+        if count:
+            spoilt.append((name_in_file(tensors, key), count))
+        tensor = cast(stored, dtype=dtype, device=device)
         owner_name, _, name = key.rpartition(".")
         owner = module.get_submodule(owner_name)
         if name in owner._parameters:
             owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         else:
             owner._buffers[name] = tensor
+    notice_non_finite(source, spoilt)
     left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     if left:
         raise RuntimeError(f"{component} of {source}: never filled: {', '.join(left[:10])}")

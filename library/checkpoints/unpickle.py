@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.checkpoints.file_kind import FileKind, file_kind
+
 logger = logging.getLogger(__name__)
 
-_ALLOWED: frozenset[tuple[str, str]] = frozenset(
+#: every class and function that a pickle may name, beside torch's dtypes and storages
+ALLOWED: frozenset[tuple[str, str]] = frozenset(
     {
         ("collections", "OrderedDict"),
         ("torch._utils", "_rebuild_tensor"),
@@ -69,17 +73,45 @@ class PickledCheckpoint:
     discarded: list[str] = field(default_factory=list)  # class names outside the state dict that were left out
 
 
-def _restricted_pickle_module(discarded: set[str]) -> Any:
-    """An object that torch accepts as `pickle_module`: every global that is not allowed becomes inert."""
+class _Function:
+    """An allowed function that a pickle may call but not change (BUILD would set its attributes)."""
 
-    class RestrictedUnpickler(pickle.Unpickler):
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setstate__(self, _state: Any) -> None:
+        raise pickle.UnpicklingError("it changes a function")
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    """How numpy's numbers store their bytes; no other encoding is looked up."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError(f"_codecs.encode with {encoding!r}")
+    return text.encode("latin1")
+
+
+def _restricted_pickle_module(discarded: set[str]) -> Any:
+    """An object that torch accepts as `pickle_module`: every global that is not allowed becomes inert.
+
+    It is built on Python's own unpickler, because the one in C reserves memory for whatever index a file names.
+    """
+
+    class RestrictedUnpickler(pickle._Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
                 return getattr(torch, name)
-            if (module, name) in _ALLOWED:
-                return super().find_class(module, name)
+            if (module, name) == ("_codecs", "encode"):
+                return _Function(_encode)
+            if (module, name) in ALLOWED:
+                found = super().find_class(module, name)
+                return found if isinstance(found, type) else _Function(found)
             discarded.add(f"{module}.{name}")
-            return type(name, (DiscardedObject,), {"origin": f"{module}.{name}"})
+            return type("DiscardedObject", (DiscardedObject,), {"origin": f"{module}.{name}"})
 
     def load(file: Any, **options: Any) -> Any:
         return RestrictedUnpickler(file, **options).load()
@@ -88,21 +120,31 @@ def _restricted_pickle_module(discarded: set[str]) -> Any:
 
 
 def _read(path: Path) -> tuple[Any, set[str]]:
+    """The content and the names of what was discarded. Files are opened here: torch looks at a path's ending."""
     discarded: set[str] = set()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), discarded
-    except pickle.UnpicklingError:
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True), discarded
+    except (EOFError, RuntimeError, OSError, MemoryError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: {_first_line(error)}. It may be incomplete."
+        ) from error
+    except Exception:
         logger.debug("%s holds more than tensors; reading it with everything else discarded", path)
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}. It may be incomplete.") from error
     try:
         module = _restricted_pickle_module(discarded)
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module), discarded
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=module), discarded
     except Exception as error:
+        found = f"It asks for {', '.join(sorted(discarded)[:10])}. " if discarded else ""
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors ({type(error).__name__}: {error}). "
+            f"{path} cannot be read as a checkpoint of tensors ({type(error).__name__}: {_first_line(error)}). {found}"
             "Only tensors and plain containers are read from pickles; convert the file to .safetensors."
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")[:200].rstrip(".")
 
 
 def load_pickle(path: str | Path, *, entry: str = "state_dict") -> PickledCheckpoint:
@@ -112,6 +154,8 @@ def load_pickle(path: str | Path, *, entry: str = "state_dict") -> PickledCheckp
     Raises ValueError, naming the class, if the entry itself holds anything but tensors and numbers.
     """
     path = Path(path)
+    if file_kind(path) is not FileKind.PICKLE:
+        raise ValueError(f"{path} is a safetensors file, not a pickle.")
     content, discarded = _read(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {_origin(content)}, not a dictionary of tensors.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import time
@@ -72,12 +73,17 @@ class ArrayShapes(Mapping[str, tuple[int, ...]]):
         self._members = {name.removesuffix(".npy"): name for name in archive.namelist()}
 
     def __getitem__(self, key: str) -> tuple[int, ...]:
+        return self.header(key)[0]
+
+    def header(self, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """(shape, dtype) of an array."""
         with self._archive.open(self._members[key]) as member:
             version = np.lib.format.read_magic(member)
             read_header = (
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
-            return read_header(member)[0]
+            shape, _, dtype = read_header(member)
+            return shape, dtype
 
     def __contains__(self, key: object) -> bool:
         return key in self._members
@@ -95,7 +101,13 @@ def array_shapes(archive: zipfile.ZipFile) -> ArrayShapes:
 
 
 def read_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
-    """One array, its CRC verified. Raises OSError or one of DAMAGED."""
+    """One array, its CRC verified. Raises OSError or one of DAMAGED.
+
+    Nothing is reserved for a header that claims more than the archive holds.
+    """
+    shape, dtype = ArrayShapes(archive).header(key)
+    if math.prod(shape) * dtype.itemsize > archive.getinfo(f"{key}.npy").file_size:
+        raise ValueError(f"`{key}` is shorter than its header says")
     with archive.open(f"{key}.npy") as member:
         array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
         if member.read(1):  # this also makes zipfile compare the CRC of an empty array

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from library.checkpoints.file_kind import holds_safetensors
 from library.checkpoints.folders import hub_folder, read_config
 from library.checkpoints.recognition import ModelKind, check_not_quantised, recognise, require_kind
-from library.checkpoints.tensors import is_safetensors, open_tensors
+from library.checkpoints.tensors import open_tensors
 from library.families.base import ModelFamily
 from library.families.sd import StableDiffusion
 from library.families.sdxl import StableDiffusionXL
@@ -18,7 +19,7 @@ OPTION = "--ckpt"
 def stable_diffusion(options: GenerationOptions) -> ModelFamily:
     """Stable Diffusion 1.x, or with `--v2` 2.x. Raises ValueError if the file is surely something else."""
     name = str(options.model.ckpt)
-    if Path(name).is_file() and is_safetensors(name):  # other kinds of files would have to be read as a whole
+    if Path(name).is_file() and holds_safetensors(name):  # other kinds of files would have to be read as a whole
         expected = ModelKind.SD2 if options.model.v2 else ModelKind.SD1
         _require(model_kind(name), expected, name)
     return _stable_diffusion(options, v2=options.model.v2)
@@ -42,7 +43,7 @@ def of_model(options: GenerationOptions) -> ModelFamily:
 def stable_diffusion_xl(options: GenerationOptions) -> ModelFamily:
     """SDXL. Raises ValueError if the file is surely something else."""
     name = str(options.model.ckpt)
-    if Path(name).is_file() and is_safetensors(name):
+    if Path(name).is_file() and holds_safetensors(name):
         _require(model_kind(name), ModelKind.SDXL, name)
     family = StableDiffusionXL(options.for_family(v2=False))
     family.model_option = OPTION

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from library.checkpoints.finite import only_warned
 from library.checkpoints.tensors import open_tensors
 from library.devices import preferred_device
 from library.families.minimal import OPTION, MinimalModel
@@ -51,7 +52,8 @@ def draw_minimal(options: Any, make_model: Callable[[Any], MinimalModel], ask: A
     template = Asked(ImageRequest(options.prompt, **model.request), getattr(options, "prompt2", None))
     networks = network_options(options, model)
     check(options, model, template.request)
-    drawer = MinimalDrawer.load(options, model, networks)
+    with only_warned():
+        drawer = MinimalDrawer.load(options, model, networks)
     if not options.interactive:
         drawer.draw(template)
         return

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from library.checkpoints.finite import only_warned
 from library.data.images import image_size
 from library.devices import preferred_device
 from library.families.base import ModelFamily
@@ -46,9 +47,9 @@ def generate(options: GenerationOptions, make_family: Callable[[GenerationOption
     lines = _lines(options, pictures)
     defaults = _defaults(options, family, pictures)
     _check_lines(lines, defaults)
-    words = NewWords.read(options.textual_inversion, family)
-
-    drawer = _load(options, family, words)
+    with only_warned():
+        words = NewWords.read(options.textual_inversion, family)
+        drawer = _load(options, family, words)
     template = replace(defaults.template, network_multipliers=drawer.networks.default_multipliers)
     defaults = replace(defaults, template=template)
     seeds = SeedSource(options.prompts.seed)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.layout_flux import transformer_config
+from library.checkpoints.misfits import naming_file
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import shapes_of
 from library.models.attention import Attention, as_tokens, fused
@@ -412,8 +413,8 @@ def build_flux(
 
     axes_dims: a folder's `axes_dims_rope`. Raises ValueError unless keys and shapes fit exactly.
     """
-    params = FluxParams(**transformer_config(shapes_of(tensors), axes_dims=axes_dims))
-    with torch.device("meta"):
+    with naming_file(tensors), torch.device("meta"):
+        params = FluxParams(**transformer_config(shapes_of(tensors), axes_dims=axes_dims))
         model = Flux(params)
     fill_from_file(model, tensors, component="FLUX transformer", dtype=dtype, device=device)
     return model.eval().requires_grad_(False)

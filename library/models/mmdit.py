@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.layout_sd3 import transformer_config
+from library.checkpoints.misfits import naming_file
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import Operation, RenamedTensors, shapes_of
 from library.models.attention import Attention, as_tokens, fused
@@ -390,8 +391,8 @@ def build_mmdit(
 
     A missing position table is computed. Raises ValueError unless keys and shapes fit exactly.
     """
-    parameters = MMDiTParams(**transformer_config(shapes_of(tensors)))
-    with torch.device("meta"):
+    with naming_file(tensors), torch.device("meta"):
+        parameters = MMDiTParams(**transformer_config(shapes_of(tensors)))
         model = MMDiT(parameters)
     if "pos_embed" not in tensors:
         table = position_table(parameters.hidden_size, parameters.position_side, POSITION_BASE).flatten(0, 1)[None]

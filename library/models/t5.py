@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.layout_t5 import t5_config
+from library.checkpoints.misfits import naming_file
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import shapes_of
 
@@ -76,8 +77,8 @@ def build_t5(
 
     # Fused attention rounds the (large) position biases differently by 2e-5. Without dropout, so that an encoder that
     # is in train mode for the sake of gradient checkpointing says what it says otherwise.
-    config = T5Config(**t5_config(shapes_of(tensors)), attn_implementation="eager", dropout_rate=0.0)
-    with torch.device("meta"):
+    with naming_file(tensors), torch.device("meta"):
+        config = T5Config(**t5_config(shapes_of(tensors)), attn_implementation="eager", dropout_rate=0.0)
         encoder = T5TextEncoder(config)
     fill_from_file(encoder, tensors, component=component, dtype=dtype, device=device)
     return encoder.eval().requires_grad_(False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.layout_clip import clip_config
+from library.checkpoints.misfits import naming_file
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import shapes_of
 
@@ -97,8 +98,8 @@ def build_clip(
         source = getattr(tensors, "source", "the given tensors")
         found = ", ".join(list(shapes)[:10]) or "nothing"
         raise ValueError(f"{source}: no {component} found (keys: {found}).")
-    config = CLIPTextConfig(**{**clip_config(shapes, activation=activation), **(overrides or {})})
-    with torch.device("meta"):
+    with naming_file(tensors), torch.device("meta"):
+        config = CLIPTextConfig(**{**clip_config(shapes, activation=activation), **(overrides or {})})
         encoder = ClipTextEncoder(config, with_projection="text_projection.weight" in shapes)
     rebuild_position_ids(encoder.text_model, device)
     fill_from_file(encoder, tensors, component=component, dtype=dtype, device=device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.checkpoints.layout_sdxl import NORM_GROUPS, SdxlUnetConfig, unet_config
+from library.checkpoints.misfits import naming_file
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import shapes_of
 
@@ -277,8 +278,8 @@ def build_sdxl_unet(
 
     Sizes come from shapes; `heads` from a folder's config.json. Raises ValueError unless keys and shapes fit exactly.
     """
-    config = unet_config(shapes_of(tensors), heads=heads)
-    with torch.device("meta"):
+    with naming_file(tensors), torch.device("meta"):
+        config = unet_config(shapes_of(tensors), heads=heads)
         unet = SdxlUNet2DConditionModel(config)
     fill_from_file(unet, tensors, component="U-Net", dtype=dtype, device=device)
     return unet.eval().requires_grad_(False)

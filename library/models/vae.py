@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.checkpoints import layout_vae
 from library.checkpoints.folders import hub_folder, part_file, read_config
+from library.checkpoints.misfits import naming_file
 from library.checkpoints.recognition import check_not_quantised, is_ignorable
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import LazyTensors, RenamedTensors, open_tensors, select, shapes_of
@@ -36,9 +37,9 @@ def build_vae(
     from diffusers import AutoencoderKL
 
     require_channels(tensors, latent_channels)
-    arguments = layout_vae.vae_config(shapes_of(tensors), scaling_factor=SCALING_FACTOR)
-    arguments.update({k: v for k, v in (config or {}).items() if k in _SETTINGS})
-    with torch.device("meta"):
+    with naming_file(tensors), torch.device("meta"):
+        arguments = layout_vae.vae_config(shapes_of(tensors), scaling_factor=SCALING_FACTOR)
+        arguments.update({k: v for k, v in (config or {}).items() if k in _SETTINGS})
         vae = AutoencoderKL(**arguments)
     fill_from_file(vae, tensors, component="VAE", dtype=dtype, device=device)
     vae.weights_digest = _encoder_digest(tensors)
@@ -47,7 +48,8 @@ def build_vae(
 
 def require_channels(tensors: Mapping[str, Tensor], wanted: int) -> None:
     """Raises ValueError unless a VAE in diffusers layout has this number of latent channels; reads shapes only."""
-    found = layout_vae.vae_config(shapes_of(tensors))["latent_channels"]
+    with naming_file(tensors):
+        found = layout_vae.vae_config(shapes_of(tensors))["latent_channels"]
     if found != wanted:
         source = getattr(tensors, "source", "the given tensors")
         raise ValueError(f"{source}: this VAE has {found} latent channels, the model needs {wanted}.")
