@@ -15,18 +15,20 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class NetworkFamily:
-    """How messages call the models of a family, and what reads and trains its networks."""
+    """How messages call the models of a family, and what trains and draws with its networks."""
 
     label: str
     module: str
-    script: str
+    scripts: tuple[str, str]
 
 
 FAMILIES: Mapping[str, NetworkFamily] = {
-    "sd": NetworkFamily("Stable Diffusion 1.x or 2.x", "networks.lora", "train_network.py"),
-    "sdxl": NetworkFamily("SDXL", "networks.lora", "sdxl_train_network.py"),
-    "sd3": NetworkFamily("Stable Diffusion 3 or 3.5", "networks.lora_sd3", "sd3_train_network.py"),
-    "flux": NetworkFamily("FLUX.1", "networks.lora_flux", "flux_train_network.py"),
+    "sd": NetworkFamily("Stable Diffusion 1.x or 2.x", "networks.lora", ("train_network.py", "gen_img.py")),
+    "sdxl": NetworkFamily("SDXL", "networks.lora", ("sdxl_train_network.py", "sdxl_gen_img.py")),
+    "sd3": NetworkFamily(
+        "Stable Diffusion 3 or 3.5", "networks.lora_sd3", ("sd3_train_network.py", "sd3_minimal_inference.py")
+    ),
+    "flux": NetworkFamily("FLUX.1", "networks.lora_flux", ("flux_train_network.py", "flux_minimal_inference.py")),
 }
 
 
@@ -65,7 +67,10 @@ class NetworkKind:
     def advice(self) -> str:
         """What to use the file with; empty if the family is unknown."""
         known = FAMILIES.get(self.family or "")
-        return f"Use it with {known.script} and --network_module {known.module}." if known else ""
+        if known is None:
+            return ""
+        train, draw = known.scripts
+        return f"Use it with {train} or {draw} (--network_module {known.module})."
 
 
 def describe(keys: Iterable[str], shapes: Mapping[str, Sequence[int]] | None = None) -> NetworkKind:
