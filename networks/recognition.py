@@ -88,6 +88,22 @@ def describe(keys: Iterable[str], shapes: Mapping[str, Sequence[int]] | None = N
     return NetworkKind(_family(taken, shapes), naming, algorithm, has_denoiser)
 
 
+def family_in(metadata: Mapping[str, str]) -> str | None:
+    """The family that a file's metadata names, for files whose keys do not tell (text encoders alone)."""
+    texts = [metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")]
+    for pattern, family in _SAID:
+        if any(re.match(pattern, text) for text in texts):
+            return family
+    return None
+
+
+#: how `modelspec.architecture` and `ss_base_model_version` begin
+_SAID = (
+    (r"stable-diffusion-xl|sdxl", "sdxl"), (r"stable-diffusion-3|sd3|medium$|5-medium$|5-large$", "sd3"),
+    (r"flux", "flux"), (r"stable-diffusion-v[12]|sd_v[12]|sd_1", "sd"),
+)  # fmt: skip
+
+
 # --- algorithm -------------------------------------------------------------------------------------------------
 #: what the name of a parameter says; the first that is found anywhere counts
 _SIGNS = (
