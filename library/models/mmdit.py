@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from library.checkpoints.layout_sd3 import transformer_config
 from library.checkpoints.tensors import Operation, RenamedTensors, fill_module, shapes_of
 from library.models.attention import Attention, as_tokens, fused
+from library.models.placement import a_tensor_of
 
 EPSILON = 1e-6  # of every normalisation
 TIME_PERIOD = 10000.0
@@ -315,11 +316,11 @@ class MMDiT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.final_layer.linear.weight.device
+        return a_tensor_of(self).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.final_layer.linear.weight.dtype
+        return a_tensor_of(self).dtype
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every joint block in the backward pass instead of keeping its activations."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from library.checkpoints.layout_t5 import t5_config
 from library.checkpoints.tensors import fill_module, shapes_of
+from library.models.placement import a_tensor_of
 
 
 class T5TextEncoder(nn.Module):
@@ -34,11 +35,11 @@ class T5TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.shared.weight.device
+        return a_tensor_of(self).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.shared.weight.dtype
+        return a_tensor_of(self).dtype
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding table."""
