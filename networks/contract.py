@@ -15,7 +15,8 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints.finite import check_finite
-from library.checkpoints.tensors import load_tensors
+from library.checkpoints.tensors import load_tensors, open_tensors
 from library.options.key_values import read_texts
+from networks.weights_file import DENOISER_PREFIXES, check_denoiser_fits
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +122,11 @@ def create(request: NetworkRequest, models: HostModels) -> Network:
         return _created(network, request.module, "these options")
     if request.dropout is not None:
         logger.warning("--network_dropout has no effect together with --dim_from_weights")
-    _require_file(request.weights, "--network_weights")
-    network, _ = module.create_network_from_weights(
-        1, str(request.weights), models.vae, models.text_encoder, models.unet, **arguments
-    )
-    return _created(network, request.module, request.weights)
+    with _naming("--network_weights", request.weights):
+        network, weights = module.create_network_from_weights(
+            1, str(request.weights), models.vae, models.text_encoder, models.unet, **arguments
+        )
+        return _created(network, request.module, request.weights, weights)
 
 
 def create_for_generation(
@@ -132,11 +134,13 @@ def create_for_generation(
     arguments: Mapping[str, str] | None = None,
 ) -> tuple[Network, dict[str, Tensor]]:
     """(network, its weights) of a file; load the weights after `apply`, or merge them."""
-    _require_file(path, "--network_weights")
-    network, weights = import_network_module(module_name).create_network_from_weights(
-        multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True, **(arguments or {})
-    )
-    return _from_file(network, module_name, path), weights
+    module = import_network_module(module_name)
+    with _naming("--network_weights", path):
+        network, weights = module.create_network_from_weights(
+            multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True,
+            **(arguments or {}),
+        )  # fmt: skip
+        return _from_file(network, module_name, path, weights), weights
 
 
 def create_from_tensors(
@@ -146,7 +150,7 @@ def create_from_tensors(
     network, weights = import_network_module(module_name).create_network_from_weights(
         multiplier, None, models.vae, models.text_encoder, models.unet, weights, True
     )
-    return _created(network, module_name, "the given weights"), weights
+    return _created(network, module_name, "the given weights", weights), weights
 
 
 def merge_base_weights(
@@ -154,25 +158,33 @@ def merge_base_weights(
     *, dtype: torch.dtype | None, device: torch.device | str,
 ) -> None:
     """Merge a network file into the model before training (`--base_weights`)."""
-    _require_file(path, "--base_weights")
-    network, weights = import_network_module(module_name).create_network_from_weights(
-        multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True
-    )
-    network = _from_file(network, module_name, path)
-    if not hasattr(network, "merge_to"):
-        raise ValueError(f"--base_weights: networks of {module_name} cannot be merged into a model.")
-    network.merge_to(models.text_encoder, models.unet, weights, dtype, device)
+    module = import_network_module(module_name)
+    with _naming("--base_weights", path):
+        network, weights = module.create_network_from_weights(
+            multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True
+        )
+        network = _from_file(network, module_name, path, weights)
+        if not hasattr(network, "merge_to"):
+            raise ValueError(f"networks of {module_name} cannot be merged into a model.")
+        network.merge_to(models.text_encoder, models.unet, weights, dtype, device)
 
 
-def _created(network: Network | None, module_name: str | None, source: Any) -> Network:
+def _created(
+    network: Network | None, module_name: str | None, source: Any, weights: Mapping[str, Any] | None = None
+) -> Network:
+    """The network. Raises ValueError if there is none, or if it has no part for the denoiser but its file does."""
     if network is None:
         raise ValueError(f"--network_module {module_name} made no network from {source}.")
+    if weights and not getattr(network, "unet_loras", True):
+        check_denoiser_fits({key.partition(".")[0] for key in weights}, ())
     return network
 
 
-def _from_file(network: Network | None, module_name: str | None, path: str | Path) -> Network:
+def _from_file(
+    network: Network | None, module_name: str | None, path: str | Path, weights: Mapping[str, Any]
+) -> Network:
     """The network, which knows its file's name."""
-    network = _created(network, module_name, path)
+    network = _created(network, module_name, path, weights)
     if hasattr(network, "weights_source"):
         network.weights_source = str(path)
     _look_for_nan(network, path)
@@ -190,9 +202,15 @@ def _look_for_nan(network: Network, path: str | Path) -> None:
     check_finite(str(path), tensors)
 
 
-def _require_file(path: str | Path, option: str) -> None:
+@contextmanager
+def _naming(option: str, path: str | Path) -> Iterator[None]:
+    """Errors about a file name it and its option. Raises FileNotFoundError without the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{option}: {path} does not exist.")
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}" if str(path) in str(error) else f"{option} {path}: {error}") from error
 
 
 # --- attaching -------------------------------------------------------------------------------------------------
@@ -213,10 +231,42 @@ def apply(network: Network, models: HostModels, train_text_encoder: bool, train_
 
 
 def load_weights(network: Network, path: str | Path) -> Any:
-    """Load `--network_weights` into an applied network; returns the network's own report."""
-    _require_file(path, "--network_weights")
-    _look_for_nan(network, path)
-    return network.load_weights(str(path))
+    """Load `--network_weights` into an applied network; returns the network's own report.
+
+    Raises ValueError if nothing in the file fits the network, or nothing of its part for the denoiser.
+    """
+    with _naming("--network_weights", path):
+        _look_for_nan(network, path)
+        report = network.load_weights(str(path))
+        if _unexpected_keys(report):
+            check_loaded(network, list(open_tensors(path)), report)
+    return report
+
+
+def check_loaded(network: Network, keys: Collection[str], report: Any) -> list[str]:
+    """The keys of a file that found no place in a network, by the network's own report.
+
+    Raises ValueError if none did, or none of the denoiser's. Networks of this project have checked that themselves.
+    """
+    unused = _unexpected_keys(report)
+    if hasattr(network, "convert_weights"):
+        return unused
+    if unused and len(unused) == len(keys):
+        raise ValueError(
+            f"none of its {len(keys)} tensors belongs to this model (first key: {unused[0]}). Is it a file for "
+            "another model family, or for another --network_module?"
+        )
+    own = {key.partition(".")[0] for key in network.state_dict() if key.startswith(DENOISER_PREFIXES)}
+    if own:
+        check_denoiser_fits({key.partition(".")[0] for key in keys}, own)
+    return unused
+
+
+def _unexpected_keys(report: Any) -> list[str]:
+    """The keys that found no place, from what a network's `load_weights` or `load_state_dict` returned."""
+    if isinstance(report, dict):
+        return list(report.get("unexpected keys", ()))
+    return list(getattr(report, "unexpected_keys", ()))
 
 
 def is_mergeable(network: Network) -> bool:

@@ -23,9 +23,9 @@ from networks.blocks import (
     parse_block_lr_kwargs,
     remove_block_dims_and_alphas,
 )
+from networks.naming_unet import convert_diffusers_to_sai_if_needed
 from networks.network import NetworkSettings
 from networks.regions import Generation, Region, RegionalLayer, mask_pyramid
-from networks.sdxl_names import convert_diffusers_to_sai_if_needed
 from networks.targets import is_conv
 from networks.unet_network import DEFAULT_RANK, UnetNetwork, read_weights
 
@@ -131,6 +131,8 @@ class LoRAModule(Adapter):
             if loaded.dim() != own.dim() and loaded.numel() == own.numel():
                 state_dict[prefix + key] = loaded.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.alpha.is_meta and not self.alpha.any():
+            self.alpha.fill_(self.lora_dim)
         self.scale = float(self.alpha) / self.lora_dim
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from networks.transformer_network import T5_PREFIX, TransformerNetwork, entry_points
+from networks.transformer_network import TransformerNetwork, entry_points
+from networks.translation import T5_PREFIX
 
 __all__ = ["LoRANetwork", "create_network", "create_network_from_weights"]
 
@@ -13,6 +14,7 @@ __all__ = ["LoRANetwork", "create_network", "create_network_from_weights"]
 class LoRANetwork(TransformerNetwork):
     """LoRA modules for a FLUX transformer, its CLIP-L and its T5 encoder."""
 
+    family = "flux"
     module_name = "networks.lora_flux"
     denoiser_classes = ("DoubleStreamBlock", "SingleStreamBlock")
     encoder_prefixes = ("lora_te1", T5_PREFIX)

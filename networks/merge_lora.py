@@ -1,4 +1,4 @@
-"""Merge LoRA files into a Stable Diffusion 1.x/2.x model, or several LoRA files into one.
+"""Merge LoRA files into a Stable Diffusion 1.x/2.x model, or several LoRA files of any one family into one.
 
     python networks/merge_lora.py --sd_model sd15.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5 \
         --save_to merged.safetensors
@@ -12,10 +12,10 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -82,16 +82,17 @@ def _check(options: MergeOptions) -> None:
 # --- into a model --------------------------------------------------------------------------------------------
 def merge_into_model(options: MergeOptions) -> None:
     """Write a checkpoint that draws what the model draws with all LoRA files at their ratios."""
-    from library.model_util import LoadSpec, load_model, recorded_prediction_type, save_checkpoint
+    from library.model_util import LoadSpec, load_model, model_metadata, recorded_prediction_type, save_checkpoint
     from networks.lora import create_network_from_weights
     from networks.merging import lora_modules
     from networks.weights_file import load_network_file
 
+    _family(options)
     spec = LoadSpec(str(options.sd_model), v2=options.v2, dtype=_dtype(options.precision), option="--sd_model")
     modules = load_model(spec)
     for path, ratio in zip(options.models or (), options.ratios or (), strict=True):
         logger.info("merging %s with ratio %s", path, ratio)
-        weights = load_network_file(path, option="--models")
+        weights = load_network_file(path, "sd", option="--models")
         lora_modules(weights, source=path)
         try:
             network, _ = create_network_from_weights(
@@ -101,7 +102,8 @@ def merge_into_model(options: MergeOptions) -> None:
         except ValueError as error:
             raise ValueError(f"{path} cannot be merged into {options.sd_model}: {error}") from error
     predicts_v = _predicts_v(options, recorded_prediction_type(modules.source))
-    metadata = {} if options.no_metadata else _model_spec(options, "checkpoint", v2=options.v2, predicts_v=predicts_v)
+    facts = model_metadata(v2=options.v2, v_parameterization=predicts_v)
+    metadata = {} if options.no_metadata else _model_spec(options, "checkpoint", facts)
     logger.info("saving checkpoint: %s", options.save_to)
     save_dtype = _dtype(options.save_precision or options.precision)
     save_checkpoint(str(options.save_to), modules, v2=options.v2, dtype=save_dtype, metadata=metadata)
@@ -131,29 +133,88 @@ def merge_with_each_other(options: MergeOptions) -> None:
         to_tensors,
         with_linear_projections,
     )
+    from networks.recognition import FAMILIES
     from networks.weights_file import load_network_file, save_network_file
 
+    family = _family(options)
     loras = [
-        WeightedLora(path, lora_modules(load_network_file(path, option="--models"), source=path), ratio)
+        WeightedLora(path, lora_modules(load_network_file(path, family, option="--models"), source=path), ratio)
         for path, ratio in zip(options.models or (), options.ratios or (), strict=True)
     ]
     versions = _base_versions(options.models or ())
-    v2 = options.v2 or any(version.startswith("sd_v2") for version in versions)
+    facts = _model_facts(options, family, versions)
     merged = merge_loras(loras, concat=options.concat, shuffle=options.shuffle)
-    merged = with_linear_projections(merged) if v2 else merged
+    merged = with_linear_projections(merged) if facts["ss_v2"] else merged
     metadata = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": FAMILIES[family].module,
         "ss_network_dim": common_rank(merged),
         "ss_network_alpha": common_alpha(merged),
     }
-    if versions or v2:
-        metadata |= {"ss_v2": str(v2), "ss_base_model_version": versions[0] if versions else "sd_v2"}
+    if versions or family != "sd" or facts["ss_v2"]:
+        version = versions[0] if versions else facts["ss_base_model_version"]
+        metadata |= {"ss_v2": str(facts["ss_v2"]), "ss_base_model_version": version}
     if not options.no_metadata:
-        metadata |= _model_spec(options, "lora", v2=v2, predicts_v=bool(versions) and versions[0].endswith("_v"))
+        metadata |= _model_spec(options, "lora", facts)
     logger.info("saving: %s (%d modules)", options.save_to, len(merged))
     tensors = to_tensors(merged, _dtype(options.precision))
     save_dtype = _dtype(options.save_precision or options.precision)
     save_network_file(str(options.save_to), tensors, dtype=save_dtype, metadata=metadata)
+
+
+# --- families ------------------------------------------------------------------------------------------------
+def _family(options: MergeOptions) -> str:
+    """The family (`networks.recognition`) that all files are for; Stable Diffusion 1.x/2.x if none of them tells.
+
+    Raises UserError for files of several families, and for a family that the other options do not fit.
+    """
+    from networks.recognition import FAMILIES
+
+    found: dict[str, str] = {}
+    for path in options.models or ():
+        family = _family_of(path)
+        if family is not None:
+            found.setdefault(family, path)
+    if len(found) > 1:
+        named = ", ".join(f"{path} is for {FAMILIES[family].label}" for family, path in found.items())
+        raise UserError([f"--models: LoRA files of different model families cannot be merged: {named}."])
+    family = next(iter(found), "sd")
+    if family == "sd":
+        return family
+    what = f"{found[family]} is a LoRA for {FAMILIES[family].label}"
+    if options.sd_model is not None:
+        raise UserError([
+            f"--sd_model: {what}; this tool can only merge LoRA for {FAMILIES['sd'].label} into a model. Without "
+            "--sd_model it merges LoRA files of any one family with each other."
+        ])  # fmt: skip
+    if options.v2:
+        raise UserError([f"--v2: {what}, not for Stable Diffusion 2.x."])
+    return family
+
+
+def _family_of(path: str) -> str | None:
+    """The family that a file is for, by its keys, else by what it says itself."""
+    from library.checkpoints.tensors import open_tensors, read_metadata, shapes_of
+    from networks.recognition import describe, family_in
+
+    shapes = shapes_of(open_tensors(path))
+    return describe(shapes, shapes).family or family_in(read_metadata(path))
+
+
+def _model_facts(options: MergeOptions, family: str, versions: Sequence[str]) -> dict[str, Any]:
+    """What saved files say about the model that a merged LoRA is for."""
+    from library import flux_model_util, model_util, sd3_model_util, sdxl_model_util
+    from library.checkpoints.tensors import read_metadata
+
+    predicts_v = bool(versions) and versions[0].endswith("_v")
+    if family == "sdxl":
+        return sdxl_model_util.model_metadata(v_parameterization=predicts_v)
+    if family == "sd3":
+        return sd3_model_util.model_metadata(versions[0] if versions else "medium")
+    if family == "flux":
+        metadata = [read_metadata(path).get("modelspec.architecture", "") for path in options.models or ()]
+        return flux_model_util.model_metadata(is_schnell=bool(metadata) and "schnell" in metadata[0])
+    v2 = options.v2 or any(version.startswith("sd_v2") for version in versions)
+    return model_util.model_metadata(v2=v2, v_parameterization=predicts_v)
 
 
 # --- metadata ------------------------------------------------------------------------------------------------
@@ -168,12 +229,10 @@ def _base_versions(paths: Sequence[str]) -> list[str]:
     return known
 
 
-def _model_spec(options: MergeOptions, model_type: str, *, v2: bool, predicts_v: bool) -> dict[str, str]:
+def _model_spec(options: MergeOptions, model_type: str, facts: Mapping[str, Any]) -> dict[str, str]:
     """The `modelspec.*` entries of the written file."""
     from library.model_spec import ModelSpec
-    from library.model_util import model_metadata
 
-    facts = model_metadata(v2=v2, v_parameterization=predicts_v)
     inputs = [name for name in (options.sd_model, *(options.models or ())) if name]
     spec = ModelSpec(
         architecture=facts["architecture"],
@@ -202,7 +261,7 @@ def _dtype(precision: str) -> torch.dtype:
 
 TOOL = tool_launch.Tool(
     name="networks/merge_lora.py",
-    description="Merge LoRA files into a Stable Diffusion 1.x/2.x model, or several LoRA files into one.",
+    description="Merge LoRA files into a Stable Diffusion 1.x/2.x model, or several LoRA files of one family into one.",
     options=MergeOptions,
     run=merge,
     writes_file="save_to",

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from library.checkpoints.finite import check_finite
 from networks.adapter import Adapter
 from networks.groups import OptimizerGroups, PlusRatios, rates_per_encoder
-from networks.peft_names import to_own_names
 from networks.targets import Target, find_targets
 from networks.weights_file import (
+    as_own_lora,
+    check_denoiser_fits,
     check_ranks,
     check_shapes,
     check_usable,
@@ -88,18 +89,26 @@ def encoder_adapters(
 
 
 def given_weights(
-    file: str | os.PathLike[str] | None, weights_sd: Mapping[str, Tensor] | None, encoder_prefixes: Sequence[str]
+    file: str | os.PathLike[str] | None, weights_sd: Mapping[str, Tensor] | None, family: str | None,
+    encoder_prefixes: Sequence[str],
 ) -> dict[str, Tensor]:
-    """A copy of `weights_sd`, or the tensors of `file`, under our key names."""
+    """A copy of `weights_sd`, or the tensors of `file`, under our key names.
+
+    Raises ValueError for files of other algorithms, and of other families than the model's.
+    """
     if weights_sd is not None:
-        return to_own_names(weights_sd, encoder_prefixes)
+        return as_own_lora(weights_sd, family, encoder_prefixes=encoder_prefixes, source="the network")
     if file is not None:
-        return load_network_file(Path(file), encoder_prefixes=encoder_prefixes)
+        return load_network_file(Path(file), family, encoder_prefixes=encoder_prefixes, option="the network file")
     raise ValueError("Neither a network file nor its tensors were given.")
 
 
-def warn_left_over(in_file: Collection[str], network: AdapterNetwork) -> None:
-    """One warning about the modules of a file that have no layer in this model."""
+def check_left_over(in_file: Collection[str], network: AdapterNetwork) -> None:
+    """One warning about the modules of a file that have no layer in this model.
+
+    Raises ValueError if the file is for a denoiser and nothing of it fits this one.
+    """
+    check_denoiser_fits(in_file, {adapter.lora_name for adapter in network.unet_loras})
     left = sorted(set(in_file) - {adapter.lora_name for adapter in network.adapters})
     if left:
         logger.warning("%d modules of the file have no layer in this model: %s", len(left), ", ".join(left[:10]))
@@ -117,6 +126,8 @@ class AdapterNetwork(nn.Module):
     LORA_PREFIX_TEXT_ENCODER1 = "lora_te1"
     LORA_PREFIX_TEXT_ENCODER2 = "lora_te2"
 
+    #: the model's family in `networks.recognition`; None: one that is not known there
+    family: str | None = None
     #: number the text encoders in log names even when all share one learning rate
     numbers_text_encoders = False
     #: how messages call the weights that are merged: the file, once it is known
@@ -281,21 +292,26 @@ class AdapterNetwork(nn.Module):
 
     # --- files ---------------------------------------------------------------------------------------------
     def convert_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a file under this network's key names, alphas completed; subclasses translate more names."""
-        return with_alphas(to_own_names(weights, self._encoder_prefixes))
+        """Tensors of a file, of whatever naming, under this network's key names, with all alphas."""
+        return with_alphas(
+            as_own_lora(weights, self.family, encoder_prefixes=self._encoder_prefixes, source="the network")
+        )
 
     def load_weights(self, file: str | Path) -> Any:
         """Load a file's tensors into the adapters and return torch's report of missing and unexpected keys.
 
         Raises FileNotFoundError, or ValueError if nothing in the file fits or ranks differ.
         """
-        weights = self.convert_weights(load_network_file(file, encoder_prefixes=self._encoder_prefixes))
+        weights = with_alphas(load_network_file(file, self.family, encoder_prefixes=self._encoder_prefixes))
         self._check(weights, source=str(file))
         return self.load_state_dict(weights, strict=False)
 
     def _check(self, weights: Mapping[str, Tensor], *, source: str) -> None:
         """Raises ValueError if nothing fits, or if something has another rank or size."""
         state = self.state_dict()
+        if self.unet_loras:
+            names = {adapter.lora_name for adapter in self.unet_loras}
+            check_denoiser_fits({key.partition(".")[0] for key in weights}, names, source=source)
         check_usable(weights, state.keys(), source=source)
         check_ranks(weights, self._ranks(), source=source)
         check_shapes(weights, state, source=source)

@@ -19,17 +19,17 @@ from networks.network import (
     NetworkSettings,
     RankAndAlpha,
     RankRule,
+    check_left_over,
     encoder_adapters,
     given_weights,
     make_adapters,
-    warn_left_over,
 )
 from networks.targets import CLIP_CLASSES, Target, as_encoder_list, find_targets
+from networks.translation import T5_PREFIX
 from networks.unet_network import DEFAULT_RANK
 from networks.weights_file import ranks_and_alphas
 
 T5_CLASSES = ("T5Attention", "T5DenseGatedActDense")
-T5_PREFIX = "lora_te3"
 #: values that leave an argument without effect
 _NO_EFFECT = {"", "all", "none", "false", "0", "no"}
 
@@ -117,7 +117,7 @@ class TransformerNetwork(AdapterNetwork):
 
         module_class = LoRAInfModule if for_inference else LoRAModule
         network = cls._assemble(text_encoder, targets, options, from_file, module_class)
-        warn_left_over(in_file, network)
+        check_left_over(in_file, network)
         return network
 
     @classmethod
@@ -183,7 +183,7 @@ class TransformerNetwork(AdapterNetwork):
         weights_sd: Mapping[str, Tensor] | None, arguments: Mapping[str, Any], *, for_inference: bool,
     ) -> tuple[Self, dict[str, Tensor]]:
         """What `create_network_from_weights` returns; `weights_sd` replaces the file."""
-        weights = given_weights(file, weights_sd, cls.encoder_prefixes)
+        weights = given_weights(file, weights_sd, cls.family, cls.encoder_prefixes)
         network = cls.create_from_weights(
             text_encoder, denoiser, weights, multiplier, NetworkArguments(arguments, cls.module_name),
             for_inference=for_inference,

@@ -20,12 +20,11 @@ from networks.network import (
     NetworkSettings,
     RankAndAlpha,
     RankRule,
+    check_left_over,
     encoder_adapters,
     given_weights,
     make_adapters,
-    warn_left_over,
 )
-from networks.sdxl_names import convert_diffusers_to_sai_if_needed
 from networks.targets import (
     CLIP_CLASSES,
     UNET_CONV_CLASSES,
@@ -35,6 +34,7 @@ from networks.targets import (
     find_targets,
     is_sdxl_unet,
 )
+from networks.translation import OWN_NAMES
 from networks.weights_file import ranks_and_alphas
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ class UnetNetwork(AdapterNetwork):
     ) -> None:
         super().__init__(encoders, denoiser_adapters, options.settings)
         self.is_sdxl = options.is_sdxl
+        self.family = "sdxl" if options.is_sdxl else "sd"
         self.block_lr_weight = options.block_lr_weight
 
     # --- before there are models ---------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class UnetNetwork(AdapterNetwork):
 
         module_class = cls.inference_module_class if for_inference else cls.module_class
         network = cls._assemble(text_encoder, targets, options, (from_file, from_file), module_class)
-        warn_left_over(in_file, network)
+        check_left_over(in_file, network)
         return network
 
     @classmethod
@@ -215,21 +216,15 @@ class UnetNetwork(AdapterNetwork):
             rate = None if lr is None else lr * self.block_lr_weight[index]
             groups.add(adapters, rate, self.settings.plus.for_denoiser, f"unet_block{index}")
 
-    def convert_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our key names with all alphas; for SDXL diffusers' block names are translated too."""
-        converted = super().convert_weights(weights)
-        if self.is_sdxl:
-            convert_diffusers_to_sai_if_needed(converted)
-        return converted
-
 
 def read_weights(
     file: str | os.PathLike[str] | None, weights_sd: Mapping[str, Tensor] | None, unet: nn.Module
 ) -> dict[str, Tensor]:
     """A copy of `weights_sd`, or the tensors of `file`, under our key names (SDXL: in original naming)."""
-    is_sdxl = is_sdxl_unet(unet)
-    prefixes = ("lora_te1", "lora_te2") if is_sdxl else ("lora_te",)
-    weights = given_weights(file, weights_sd, prefixes)
-    if is_sdxl:
-        convert_diffusers_to_sai_if_needed(weights)
-    return weights
+    family = family_of(unet)
+    return given_weights(file, weights_sd, family, OWN_NAMES[family].encoder_prefixes)
+
+
+def family_of(unet: nn.Module) -> str:
+    """The family in `networks.recognition` that a U-Net belongs to."""
+    return "sdxl" if is_sdxl_unet(unet) else "sd"

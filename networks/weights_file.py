@@ -13,12 +13,12 @@ from torch import Tensor
 from library.checkpoints.file_kind import read_json_table
 from library.checkpoints.tensors import is_safetensors, load_tensors, read_metadata, save_pickle, save_tensors
 from library.hashes import sshs_hashes
-from networks.peft_names import PeftSettings, has_other_names, settings_in, to_own_names
+from networks.recognition import FAMILIES, NetworkKind, describe
+from networks.translation import PeftSettings, settings_in, to_own_names, without_cores
 
 logger = logging.getLogger(__name__)
 
-#: parts of keys that belong to algorithms which LoRA modules cannot express
-FOREIGN_PARTS = ("lora_mid", "dora_scale", "hada_", "lokr_", "oft_", "glora", "lora_A", "lora_B")
+DENOISER_PREFIXES = ("lora_unet_", "oft_unet_")
 _FACTORS = ("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight")
 
 
@@ -46,33 +46,68 @@ def _for_file(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def load_network_file(
-    path: str | Path, *, encoder_prefixes: Sequence[str] = ("lora_te",), option: str = "--network_weights"
+    path: str | Path, family: str | None = None, *, encoder_prefixes: Sequence[str] | None = None,
+    option: str = "--network_weights",
 ) -> dict[str, Tensor]:
-    """All tensors of a network file. Raises FileNotFoundError that names the option.
+    """All tensors of a LoRA file in our naming, whichever program wrote it.
 
-    Files in the naming of diffusers or PEFT get our names (`encoder_prefixes`: ours of the model's text encoders) and
-    the strengths of their settings, which stand in the metadata or in `adapter_config.json` beside the file.
+    `family` is the model's (`networks.recognition.FAMILIES`), None: the one that the file is for. Strengths of files
+    in the naming of diffusers or PEFT come from the metadata or from `adapter_config.json` beside the file. Raises
+    FileNotFoundError, and ValueError for files of other algorithms or other families; both name the option.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{option}: {path} does not exist.")
-    weights = _in_their_forms(load_tensors(path), source=str(path))
-    if not has_other_names(weights):
-        return weights
-    return to_own_names(weights, encoder_prefixes, _peft_settings(Path(path)))
+    return as_own_lora(
+        load_tensors(path), family, encoder_prefixes=encoder_prefixes, settings=_peft_settings(Path(path)),
+        source=f"{option} {path}",
+    )  # fmt: skip
 
 
-def _in_their_forms(weights: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
+def as_own_lora(
+    weights: Mapping[str, Tensor], family: str | None, *, source: str, encoder_prefixes: Sequence[str] | None = None,
+    settings: Mapping[str, PeftSettings] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a LoRA in our naming, without Tucker cores. Raises ValueError that names `source`."""
+    kind = describe(weights, {key: tuple(value.shape) for key, value in weights.items()})
+    check_kind(kind, family, source=source)
+    try:
+        weights = _in_their_forms(weights)
+        own = to_own_names(weights, family or kind.family, settings, encoder_prefixes=encoder_prefixes)
+        return without_cores(own)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _in_their_forms(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same with single numbers as alphas. Raises ValueError for an alpha of many and a factor without sides."""
+    formed = dict(weights)
     for key, value in weights.items():
         if key.endswith(".alpha"):
             if value.numel() != 1:
-                raise ValueError(f"{source}: {key} has the shape {list(value.shape)}; it must be one number.")
-            weights[key] = value.reshape(())
+                raise ValueError(f"{key} has the shape {list(value.shape)}; it must be one number.")
+            formed[key] = value.reshape(())
         elif key.endswith(_FACTORS) and value.dim() < 2:
-            raise ValueError(
-                f"{source}: {key} has the shape {list(value.shape)}; factors are matrices or convolutions."
-            )
-    return weights
+            raise ValueError(f"{key} has the shape {list(value.shape)}; factors are matrices or convolutions.")
+    return formed
+
+
+def check_kind(kind: NetworkKind, family: str | None, *, source: str) -> None:
+    """Raises ValueError unless a file is a plain LoRA, and for models of `family` if both are known."""
+    if not kind.is_network:
+        raise ValueError(f"{source} is no network file: none of its keys belongs to a LoRA.")
+    if kind.family and family and kind.family != family:
+        here = FAMILIES[family].label
+        raise ValueError(f"{source} is {kind.label}; the model here is {here}. {kind.advice}")
+    if not kind.is_plain_lora:
+        raise ValueError(f"{source} is {kind.label}, which cannot be used as a plain LoRA. {_other_module(kind)}")
+
+
+def _other_module(kind: NetworkKind) -> str:
+    if kind.naming != "kohya":
+        return "Use a plain LoRA, or merge it into the model with the program that wrote it."
+    if kind.algorithm == "ControlNet-LLLite":
+        return "It is a control network, not a LoRA."
+    return "Use it with --network_module lycoris.kohya (pip install lycoris-lora)."
 
 
 def _peft_settings(path: Path) -> dict[str, PeftSettings]:
@@ -83,7 +118,7 @@ def _peft_settings(path: Path) -> dict[str, PeftSettings]:
 
 
 def ranks_and_alphas(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
-    """Module name -> (rank, alpha) of the LoRA modules in a file; a module without alpha has alpha = rank."""
+    """Module name -> (rank, alpha) of the LoRA modules in a file; alpha is the rank where it is 0 or missing."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for key, value in weights.items():
@@ -98,11 +133,25 @@ def ranks_and_alphas(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, floa
 
 
 def with_alphas(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, with alpha = rank added for modules of old files that have none."""
+    """The same tensors, with alpha = rank for modules that have none, or 0."""
     complete = dict(weights)
     for module, (_, alpha) in ranks_and_alphas(weights).items():
-        complete.setdefault(f"{module}.alpha", torch.tensor(alpha))
+        given = complete.get(f"{module}.alpha")
+        if given is None or not given.any():
+            complete[f"{module}.alpha"] = torch.tensor(alpha)
     return complete
+
+
+def check_denoiser_fits(in_file: Collection[str], layers: Collection[str], *, source: str = "the network file") -> None:
+    """Raises ValueError if a file has modules for a denoiser and none of them is among `layers`."""
+    modules = [module for module in in_file if module.startswith(DENOISER_PREFIXES)]
+    if modules and not set(modules) & set(layers):
+        kind = describe(f"{module}.lora_down.weight" for module in modules)
+        what = f"it is {kind.label}. {kind.advice}" if kind.family else "it is for another model family."
+        raise ValueError(
+            f"{source}: none of its {len(modules)} modules for the denoiser (first: {modules[0]}) fits this model: "
+            f"{what}"
+        )
 
 
 def check_usable(weights: Mapping[str, Any], expected: Collection[str], *, source: str) -> None:
@@ -117,11 +166,9 @@ def check_usable(weights: Mapping[str, Any], expected: Collection[str], *, sourc
     if not unused:
         return
     modules = sorted({key.partition(".")[0] for key in unused})
-    foreign = sorted({part for key in unused for part in FOREIGN_PARTS if part in key.partition(".")[2]})
-    reason = f" (parts of other algorithms: {', '.join(foreign)})" if foreign else ""
     logger.warning(
-        "%s: %d tensors of %d modules are not used%s, for example %s",
-        source, len(unused), len(modules), reason, ", ".join(modules[:5]),
+        "%s: %d tensors of %d modules are not used, for example %s",
+        source, len(unused), len(modules), ", ".join(modules[:5]),
     )  # fmt: skip
 
 

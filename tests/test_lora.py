@@ -16,7 +16,7 @@ from torch import nn
 from library.hashes import sshs_hashes
 from networks import lora
 from networks.adapter import Dropouts
-from networks.sdxl_names import DIFFUSERS_TO_SAI, convert_diffusers_to_sai_if_needed, original_layer_name
+from networks.naming_unet import DIFFUSERS_TO_SAI, convert_diffusers_to_sai_if_needed, original_layer_name
 from tests import network_hosts as hosts
 
 DATA = Path(__file__).parent / "data"
@@ -384,8 +384,8 @@ def test_other_rank_names_module_ranks_and_option(models, tmp_path):
 
 
 def test_file_that_fits_nowhere_is_an_error(models, tmp_path):
-    save_file({"lora_unet_double_blocks_0.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="lora_unet_double_blocks_0"):
+    save_file({"lora_unet_other.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="lora_unet_other"):
         applied(models).load_weights(tmp_path / "a.safetensors")
     with pytest.raises(FileNotFoundError, match="--network_weights"):
         applied(models).load_weights(tmp_path / "missing.safetensors")
@@ -393,13 +393,13 @@ def test_file_that_fits_nowhere_is_an_error(models, tmp_path):
 
 def test_unused_keys_are_summarised_in_one_warning(models, tmp_path, caplog):
     state = applied(models).state_dict()
-    extra = {f"lora_unet_other_{i}.lora_mid.weight": torch.zeros(2) for i in range(3)}
+    extra = {f"lora_unet_other_{i}.alpha": torch.ones(()) for i in range(3)}
     save_file(state | extra, tmp_path / "a.safetensors")
     with caplog.at_level(logging.WARNING):
         applied(models).load_weights(tmp_path / "a.safetensors")
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert "3 tensors of 3 modules" in warnings[0] and "lora_mid" in warnings[0]
+    assert "3 tensors of 3 modules" in warnings[0] and "lora_unet_other_0" in warnings[0]
 
 
 @pytest.mark.parametrize("is_linear_host", [False, True])
@@ -439,9 +439,9 @@ def test_from_weights_takes_modules_ranks_and_alphas_from_the_file(models):
 
 def test_from_weights_of_another_family_is_an_error(models):
     state = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(4, 8)}
-    with pytest.raises(ValueError, match="another model family"):
+    with pytest.raises(ValueError, match=r"a LoRA for FLUX\.1; the model here is Stable.*flux_train_network\.py"):
         lora.create_network_from_weights(1.0, None, None, *models, state)
-    with pytest.raises(ValueError, match="lora_down"):
+    with pytest.raises(ValueError, match="no network file: none of its keys belongs to a LoRA"):
         lora.create_network_from_weights(1.0, None, None, *models, {"x.alpha": torch.zeros(())})
 
 

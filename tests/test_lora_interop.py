@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library import model_util
 from networks import contract, lora, merge_lora
-from networks.peft_names import has_other_names, to_own_names
+from networks.translation import to_own_names
 from networks.weights_file import load_network_file
 from tests.lora_files import (
     answers,
@@ -269,20 +269,19 @@ def test_attention_processors_of_old_files_are_read():
         "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 3),
         "base_model.model.mid_block.resnets.0.conv1.lora_B.default.weight": torch.ones(2, 3, 1, 1),
     }
-    assert list(to_own_names(weights, ("lora_te1", "lora_te2"))) == [
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight",
-        "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q.lora_up.weight",
+    assert list(to_own_names(weights, "sdxl")) == [
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0.lora_down.weight",
+        "lora_unet_output_blocks_3_1_transformer_blocks_0_attn2_to_q.lora_up.weight",
         "lora_te1_text_model_encoder_layers_0_self_attn_out_proj.lora_up.weight",
         "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_down.weight",
         "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
-        "lora_unet_mid_block_resnets_0_conv1.lora_up.weight",
+        "lora_unet_middle_block_0_in_layers_2.lora_up.weight",
     ]
 
 
 def test_our_own_names_stay_as_they_are(tmp_path):
     tensors = load_file(write_lora(tmp_path / "lora.safetensors", tiny_model(), 1, conv_dim="2"))
-    assert not has_other_names(tensors)
-    assert to_own_names(tensors) == tensors
+    assert to_own_names(tensors, "sd") == tensors
 
 
 def test_a_diffusers_file_continues_training(theirs, tmp_path):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.families.base import ModelFamily
+from library.models.placement import a_tensor_of
 from library.options import Options
 
 
@@ -57,9 +58,10 @@ class AutoencoderFamily(ModelFamily):
             return self.vae.decode(z).sample
 
 
-def compute_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
-    """What a module with such weights gets: their dtype; the input's where weights are kept in 8 bits."""
-    return weight.dtype if weight.dtype.itemsize > 1 else x.dtype
+def compute_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
+    """What a module gets: the dtype of its weights; the input's where weights are kept in 8 bits."""
+    dtype = a_tensor_of(module).dtype
+    return dtype if dtype.itemsize > 1 else x.dtype
 
 
 def attention_kind(options: Options) -> str | None:

@@ -32,6 +32,7 @@ from library.flux_model_util import (
 from library.losses import HuberConfig
 from library.model_files import TEXT, VAE
 from library.models.flux import FluxResiduals, image_ids, pack_latents, unpack_latents
+from library.models.placement import a_tensor_of
 from library.noise import NoiseConfig
 from library.objectives import FlowConfig, RectifiedFlow
 from library.options import Options
@@ -191,7 +192,7 @@ class Flux(AutoencoderFamily):
     def encode_text(self, tokens: Mapping[str, Tensor], cached: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Tokens -> {"pooled": [B,d], "context": [B,T,D]} (and "mask" [B,T]); released encoders' parts are cached."""
         clip_l, t5xxl = self.text_encoders
-        device = self.denoiser.img_in.weight.device
+        device = a_tensor_of(self.denoiser).device
         if clip_l is not None:
             pooled = clip_l(tokens["clip_l"].to(clip_l.device)).pooler_output
         else:
@@ -307,7 +308,7 @@ class Flux(AutoencoderFamily):
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: SizeConditioning | None = None
     ) -> dict[str, Any]:
         """Noisy latents [B,16,h,w] and conditioning as the transformer, or a ControlNet of it, takes them."""
-        dtype = compute_dtype(self.denoiser.img_in.weight, x_t)
+        dtype = compute_dtype(self.denoiser, x_t)
         guidance = conditioning.tensors.get("guidance")
         if guidance is None:
             guidance = torch.full((len(x_t),), self.options.flow.guidance_scale, device=x_t.device)

@@ -109,7 +109,7 @@ def flux(options: FluxMinimalOptions) -> MinimalModel:
             "negative_prompt": options.negative_prompt or "", "width": options.width, "height": options.height,
             "steps": steps, "seed": options.seed, "scale": options.cfg_scale, "guidance_scale": options.guidance,
         },
-        network_modules={"lora_": "networks.lora_flux"}, merges_networks=options.merge_lora_weights,
+        network_modules={"": "networks.lora_flux"}, merges_networks=options.merge_lora_weights,
         file_name="%Y%m%d_%H%M%S.png", offloads=options.offload,
     )  # fmt: skip
 
@@ -137,7 +137,7 @@ def sd3(options: Sd3MinimalOptions) -> MinimalModel:
             "negative_prompt": options.negative_prompt, "width": options.width, "height": options.height,
             "steps": options.steps, "seed": options.seed, "scale": options.cfg_scale,
         },
-        network_modules={"lora_": "networks.lora_sd3"}, merges_networks=options.merge_lora_weights,
+        network_modules={"": "networks.lora_sd3"}, merges_networks=options.merge_lora_weights,
         file_name="%Y%m%d_%H%M%S.png", offloads=options.offload,
     )  # fmt: skip
 

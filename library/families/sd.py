@@ -149,7 +149,7 @@ class StableDiffusion(UNetFamily):
         residuals: tuple[Sequence[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Noise or velocity [B,4,h,w]. `residuals`: a ControlNet's (one per skip connection, one for the middle)."""
-        dtype = compute_dtype(self.denoiser.conv_in.weight, x_t)
+        dtype = compute_dtype(self.denoiser, x_t)
         down, middle = residuals or (None, None)
         return self.denoiser(
             x_t.to(dtype),

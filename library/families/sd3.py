@@ -326,7 +326,7 @@ class StableDiffusion3(AutoencoderFamily):
         residuals: Any = None,
     ) -> Tensor:
         """The flow's velocity [B,16,h,w]. Only steps with gradients take random places of the position table."""
-        dtype = compute_dtype(self.denoiser.final_layer.linear.weight, x_t)
+        dtype = compute_dtype(self.denoiser, x_t)
         x_t = without_nan("the noisy latents", x_t).to(dtype)
         context = without_nan("the text", conditioning["context"]).to(dtype)
         vector = without_nan("the pooled text", conditioning["vector"]).to(dtype)

@@ -14,6 +14,7 @@ from library.data.records import LatentSpec, TextCacheSpec
 from library.families.autoencoder_family import attention_kind, compute_dtype
 from library.families.base import Conditioning, ControlNet, EmbeddingTable, SizeConditioning, Tokenize, cached_parts
 from library.families.unet_family import UNetFamily
+from library.models.placement import a_tensor_of
 from library.sampling_spec import SamplingDefaults
 from library.text import clip, prompt_weights
 from library.text.chunking import CHUNK, WINDOW, chunk_count, join, splice
@@ -104,7 +105,7 @@ class StableDiffusionXL(UNetFamily):
         parts: list[Tensor] = []
         for index, encoder in enumerate(self.text_encoders):
             if encoder is None:
-                weight = self.denoiser.time_embed[0].weight
+                weight = a_tensor_of(self.denoiser)
                 dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.float32
                 parts += cached_parts(cached, *names[index], device=weight.device, dtype=dtype)
             else:
@@ -231,7 +232,7 @@ class StableDiffusionXL(UNetFamily):
 
         if sizes is None:
             raise ValueError("SDXL's U-Net is conditioned on picture sizes, and none were given.")
-        dtype = compute_dtype(self.denoiser.time_embed[0].weight, x_t)
+        dtype = compute_dtype(self.denoiser, x_t)
         numbers = torch.cat([sizes.original_hw, sizes.crop_top_left, sizes.target_hw], dim=1)
         pooled = conditioning["pooled"].to(dtype)
         y = vector_conditioning(pooled, numbers.to(pooled.device), self.denoiser.config.vector_width)

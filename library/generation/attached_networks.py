@@ -152,20 +152,8 @@ def _hook_in(network: Any, weights: dict[str, Tensor], file: NetworkFile, models
         report = contract.load_weights(network, file.path)
     else:
         report = network.load_state_dict(weights, strict=False)
-    unused = _unexpected_keys(report)
-    if unused and len(unused) == len(weights):
-        raise ValueError(
-            f"--network_weights {file.path}: none of its {len(weights)} tensors belongs to this model (first key: "
-            f"{unused[0]}). Is it a file for another model family, or for another --network_module?"
-        )
+    unused = contract.check_loaded(network, weights, report)
     if unused and not hasattr(network, "convert_weights"):  # networks of this project have said so themselves
         logger.warning(
             "%s: %d of %d tensors are not used: %s", file.path, len(unused), len(weights), ", ".join(unused[:5])
         )
-
-
-def _unexpected_keys(report: Any) -> list[str]:
-    """The keys that found no place, from what a network's `load_weights` or `load_state_dict` returned."""
-    if isinstance(report, dict):
-        return list(report.get("unexpected keys", ()))
-    return list(getattr(report, "unexpected_keys", ()))

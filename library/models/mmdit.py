@@ -17,6 +17,7 @@ from library.checkpoints.misfits import naming_file
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import Operation, RenamedTensors, shapes_of
 from library.models.attention import Attention, as_tokens, fused
+from library.models.placement import a_tensor_of
 
 EPSILON = 1e-6  # of every normalisation
 TIME_PERIOD = 10000.0
@@ -317,11 +318,11 @@ class MMDiT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.final_layer.linear.weight.device
+        return a_tensor_of(self).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.final_layer.linear.weight.dtype
+        return a_tensor_of(self).dtype
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every joint block in the backward pass instead of keeping its activations."""

@@ -12,6 +12,7 @@ from library.checkpoints.layout_t5 import t5_config
 from library.checkpoints.misfits import naming_file
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import shapes_of
+from library.models.placement import a_tensor_of
 
 
 class T5TextEncoder(nn.Module):
@@ -36,11 +37,11 @@ class T5TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.shared.weight.device
+        return a_tensor_of(self).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.shared.weight.dtype
+        return a_tensor_of(self).dtype
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding table."""

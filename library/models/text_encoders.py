@@ -12,6 +12,7 @@ from library.checkpoints.layout_clip import clip_config
 from library.checkpoints.misfits import naming_file
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import shapes_of
+from library.models.placement import a_tensor_of
 
 
 class ClipTextEncoder(nn.Module):
@@ -38,11 +39,11 @@ class ClipTextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.text_model.embeddings.token_embedding.weight.device
+        return a_tensor_of(self).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.text_model.embeddings.token_embedding.weight.dtype
+        return a_tensor_of(self).dtype
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding table."""

@@ -17,6 +17,7 @@ from library.checkpoints.layout_sdxl import NORM_GROUPS, SdxlUnetConfig, unet_co
 from library.checkpoints.misfits import naming_file
 from library.checkpoints.stored import fill_from_file
 from library.checkpoints.tensors import shapes_of
+from library.models.placement import a_tensor_of
 
 SIZE_COUNT = 6  # original height and width, crop top and left, target height and width
 
@@ -151,11 +152,11 @@ class SdxlEncoder(nn.Module):
     # --- settings ----------------------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:
-        return cast(nn.Linear, self.time_embed[0]).weight.device
+        return a_tensor_of(self).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return cast(nn.Linear, self.time_embed[0]).weight.dtype
+        return a_tensor_of(self).dtype
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute resnets and transformers in the backward pass (only in train mode)."""
