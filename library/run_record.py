@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.optimizers import is_schedule_free, optimizer_class, optimizer_name, parse_key_values
+from library.optimizers import is_schedule_free, optimizer_class, optimizer_name
 from library.options.errors import UserError
+from library.options.key_values import read_literals, read_texts
 
 if TYPE_CHECKING:
     from library.data.dataset import BucketDataset, DatasetGroup
@@ -97,7 +98,7 @@ def run_record(options: Options, *, num_processes: int, seed: int | None, data: 
     flat = options.flat()
     values: dict[str, Any] = {name: flat[name] for name in RULES if name in flat}
     for name in ARGUMENT_RULES:
-        values[name] = parse_key_values_as_text(flat[name], name)
+        values[name] = read_arguments(flat[name], name)
     for name in _FILES:
         value = values[name]
         values[name] = [Path(item).name for item in value] if isinstance(value, list) else value and Path(value).name
@@ -111,16 +112,12 @@ def run_record(options: Options, *, num_processes: int, seed: int | None, data: 
     return record
 
 
-def parse_key_values_as_text(items: list[str] | None, option: str) -> dict[str, Any]:
-    """`key=value` items of any of these options; values that are no literals stay text."""
-    found: dict[str, Any] = {}
-    for item in items or ():
-        key, _, text = item.partition("=")
-        try:
-            found |= parse_key_values([item], f"--{option}")
-        except UserError:
-            found[key.strip()] = text
-    return found
+def read_arguments(items: list[str] | None, option: str) -> dict[str, Any]:
+    """`key=value` items of any of these options; texts if one of the values is no literal."""
+    try:
+        return read_literals(items, f"--{option}")
+    except UserError:
+        return dict(read_texts(items, f"--{option}"))
 
 
 def data_record(group: DatasetGroup) -> dict[str, Any]:

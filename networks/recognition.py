@@ -39,12 +39,14 @@ class NetworkKind:
     `family`: `sd`, `sdxl`, `sd3`, `flux`, or None if the keys do not tell. `naming`: whose spelling most keys have
     (`kohya`: ours). `algorithm`: `LoRA` (plain, with or without convolutions and Tucker cores), `LoHa`, `LoKr`,
     `DoRA`, ...; `unknown` if no key belongs to a network. `has_denoiser`: whether any key is for the denoiser.
+    `context_width`: the size of the text vectors that it was made for, where one family has several.
     """
 
     family: str | None
     naming: str
     algorithm: str
     has_denoiser: bool = True
+    context_width: int | None = None
 
     @property
     def is_network(self) -> bool:
@@ -85,7 +87,7 @@ def describe(keys: Iterable[str], shapes: Mapping[str, Sequence[int]] | None = N
     places = list(taken.values())
     naming = Counter(place.naming for place in places).most_common(1)[0][0]
     has_denoiser = any(place.part is Part.DENOISER for place in places)
-    return NetworkKind(_family(taken, shapes), naming, algorithm, has_denoiser)
+    return NetworkKind(_family(taken, shapes), naming, algorithm, has_denoiser, _context_width(taken, shapes))
 
 
 def family_in(metadata: Mapping[str, str]) -> str | None:
@@ -95,6 +97,25 @@ def family_in(metadata: Mapping[str, str]) -> str | None:
         if any(re.match(pattern, text) for text in texts):
             return family
     return None
+
+
+def check_kind(kind: NetworkKind, family: str | None, *, source: str) -> None:
+    """Raises ValueError unless a file is a plain LoRA, and for models of `family` if both are known."""
+    if not kind.is_network:
+        raise ValueError(f"{source} is no network file: none of its keys belongs to a LoRA.")
+    if kind.family and family and kind.family != family:
+        here = FAMILIES[family].label
+        raise ValueError(f"{source} is {kind.label}; the model here is {here}. {kind.advice}")
+    if not kind.is_plain_lora:
+        raise ValueError(f"{source} is {kind.label}, which cannot be used as a plain LoRA. {_other_module(kind)}")
+
+
+def _other_module(kind: NetworkKind) -> str:
+    if kind.naming != "kohya":
+        return "Use a plain LoRA, or merge it into the model with the program that wrote it."
+    if kind.algorithm == "ControlNet-LLLite":
+        return "It is a control network, not a LoRA."
+    return "Use it with --network_module lycoris.kohya (pip install lycoris-lora)."
 
 
 #: how `modelspec.architecture` and `ss_base_model_version` begin
@@ -155,8 +176,7 @@ _CONTEXT_WIDTHS = {768: "sd", 1024: "sd", 2048: "sdxl"}
 
 
 def _family(taken: Mapping[str, NetworkKey], shapes: Mapping[str, Sequence[int]]) -> str | None:
-    denoiser = {key: place.layer for key, place in taken.items() if place.part is Part.DENOISER}
-    layers = set(denoiser.values())
+    layers = {place.layer for place in taken.values() if place.part is Part.DENOISER}
     if any(_FLUX.match(layer) for layer in layers):
         return "flux"
     if any(_SD3.match(layer) for layer in layers):
@@ -165,7 +185,7 @@ def _family(taken: Mapping[str, NetworkKey], shapes: Mapping[str, Sequence[int]]
     if blocks:
         return _diffusers_transformer(taken, blocks, shapes)
     if any(_UNET.match(layer) for layer in layers):
-        return _unet(taken, denoiser, shapes)
+        return _unet(taken, layers, shapes)
     return _text_encoders_only(taken) if not layers else None
 
 
@@ -187,19 +207,24 @@ def _diffusers_transformer(
     return None
 
 
-def _unet(
-    taken: Mapping[str, NetworkKey], denoiser: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
-) -> str | None:
-    layers = set(denoiser.values())
+def _unet(taken: Mapping[str, NetworkKey], layers: set[str], shapes: Mapping[str, Sequence[int]]) -> str | None:
     is_sd, is_sdxl = (any(pattern.search(layer) for layer in layers) for pattern in (_SD_UNET, _SDXL_UNET))
     if is_sd != is_sdxl:
         return "sd" if is_sd else "sdxl"
-    for key, layer in denoiser.items():
-        if _CONTEXT.search(layer) and taken[key].parameter == "lora_down.weight" and len(shapes.get(key, ())) >= 2:
-            family = _CONTEXT_WIDTHS.get(shapes[key][1])
-            if family:
-                return family
+    family = _CONTEXT_WIDTHS.get(_context_width(taken, shapes) or 0)
+    if family:
+        return family
     return "sdxl" if any(place.part is Part.CLIP and place.number == 2 for place in taken.values()) else None
+
+
+def _context_width(taken: Mapping[str, NetworkKey], shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The one width that all of a file's factors for text vectors have."""
+    widths = {
+        shapes[key][1]
+        for key, place in taken.items()
+        if _CONTEXT.search(place.layer) and place.parameter == "lora_down.weight" and len(shapes.get(key, ())) >= 2
+    }
+    return widths.pop() if len(widths) == 1 else None
 
 
 def _text_encoders_only(taken: Mapping[str, NetworkKey]) -> str | None:

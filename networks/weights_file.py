@@ -13,7 +13,7 @@ from torch import Tensor
 from library.checkpoints.file_kind import read_json_table
 from library.checkpoints.tensors import is_safetensors, load_tensors, read_metadata, save_pickle, save_tensors
 from library.hashes import sshs_hashes
-from networks.recognition import FAMILIES, NetworkKind, describe
+from networks.recognition import check_kind, describe
 from networks.translation import PeftSettings, settings_in, to_own_names, without_cores
 
 logger = logging.getLogger(__name__)
@@ -89,25 +89,6 @@ def _in_their_forms(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif key.endswith(_FACTORS) and value.dim() < 2:
             raise ValueError(f"{key} has the shape {list(value.shape)}; factors are matrices or convolutions.")
     return formed
-
-
-def check_kind(kind: NetworkKind, family: str | None, *, source: str) -> None:
-    """Raises ValueError unless a file is a plain LoRA, and for models of `family` if both are known."""
-    if not kind.is_network:
-        raise ValueError(f"{source} is no network file: none of its keys belongs to a LoRA.")
-    if kind.family and family and kind.family != family:
-        here = FAMILIES[family].label
-        raise ValueError(f"{source} is {kind.label}; the model here is {here}. {kind.advice}")
-    if not kind.is_plain_lora:
-        raise ValueError(f"{source} is {kind.label}, which cannot be used as a plain LoRA. {_other_module(kind)}")
-
-
-def _other_module(kind: NetworkKind) -> str:
-    if kind.naming != "kohya":
-        return "Use a plain LoRA, or merge it into the model with the program that wrote it."
-    if kind.algorithm == "ControlNet-LLLite":
-        return "It is a control network, not a LoRA."
-    return "Use it with --network_module lycoris.kohya (pip install lycoris-lora)."
 
 
 def _peft_settings(path: Path) -> dict[str, PeftSettings]:

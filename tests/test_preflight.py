@@ -281,22 +281,3 @@ def test_a_folder_says_what_it_is_and_how_many_layers_it_has(tmp_path: Path) -> 
     assert (kind_of_model(tmp_path), text_layers(tmp_path)) == (ModelKind.SD2, 23)
     shutil.rmtree(tmp_path / "text_encoder")
     assert (kind_of_model(tmp_path), text_layers(tmp_path)) == (None, None)
-
-
-def test_networks_are_recognised_by_their_keys() -> None:
-    from library.checkpoints.lineages import kinds_of_network, lineage_of
-
-    def name(*keys: str, width: int = 77) -> str | None:
-        found = lineage_of(kinds_of_network(dict.fromkeys(keys, (4, width))))
-        return found.name if found else None
-
-    context = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
-    assert [name(context, width=width) for width in (768, 1024, 2048, 77)] == ["sd", "sd", "sdxl", None]
-    peft = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight"
-    assert [name(peft, width=width) for width in (768, 2048)] == ["sd", "sdxl"]
-    assert name("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight") == "sd"
-    assert name("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight") == "sdxl"
-    assert name("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight") == "flux"
-    assert name("diffusion_model.double_blocks.0.img_attn.proj.lora_B.weight") == "flux"
-    assert name("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "lora_te2_x.alpha") == "sd3"
-    assert name("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight") is None

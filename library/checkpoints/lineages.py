@@ -1,4 +1,4 @@
-"""Which scripts belong to which kinds of model, and for which kind a network file was trained; without torch."""
+"""Which scripts belong to which kinds of model, and what a model file or folder is; without torch."""
 
 from __future__ import annotations
 
@@ -120,36 +120,3 @@ def prediction_options(path: str | Path) -> list[str]:
     header = peek(path)
     markers = {"v_pred": "--v_parameterization", "ztsnr": "--zero_terminal_snr"}
     return [option for key, option in markers.items() if header is not None and key in header.shapes]
-
-
-# --- networks --------------------------------------------------------------------------------------------------
-_TRANSFORMERS = (
-    (re.compile(r"(?:^|[._])(?:double_blocks|single_blocks|single_transformer_blocks)[._]\d"), _FLUX),
-    (re.compile(r"(?:^|[._])joint_blocks[._]\d"), _SD3),
-)
-_CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:lora_down|lora_A|down|lora\.down)\b.*weight$")
-_WIDTHS = {768: ModelKind.SD1, 1024: ModelKind.SD2, 2048: ModelKind.SDXL}
-_TWO_ENCODERS = re.compile(r"^(?:lora_te2_|text_encoder_2\.|lora_unet_(?:in|out)put_blocks_\d_1_transformer_blocks_)")
-_ONE_ENCODER = re.compile(r"^(?:lora_te_|lora_unet_(?:down|up)_blocks_3_)")
-_NETWORK = re.compile(r"(?:^lora_|lora_(?:down|up|A|B)\b|\.lora\.|hada_w|lokr_w|oft_|\.alpha$)")
-
-
-def is_network(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether keys look like those of a network file, whatever its algorithm is."""
-    return any(_NETWORK.search(key) for key in shapes)
-
-
-def kinds_of_network(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[ModelKind]:
-    """The kinds of model that a network file can be for; empty if its keys do not say."""
-    for pattern, kinds in _TRANSFORMERS:
-        if any(pattern.search(key) for key in shapes):
-            return kinds
-    widths = {shape[1] for key, shape in shapes.items() if _CONTEXT.search(key) and len(shape) > 1}
-    known = {_WIDTHS[width] for width in widths if width in _WIDTHS}
-    if len(known) == 1:
-        return frozenset(known)
-    if any(_TWO_ENCODERS.match(key) for key in shapes):
-        return frozenset({ModelKind.SDXL})
-    if any(_ONE_ENCODER.match(key) for key in shapes):
-        return frozenset({ModelKind.SD1, ModelKind.SD2})
-    return frozenset()

@@ -29,7 +29,7 @@ def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentPar
         logger.info("options written to %s", path)
         raise SystemExit(0)
     known = {action.dest for action in parser._actions} - {"config_file", "output_config"}
-    file = read_config(path, {name: spec for name, spec in option_specs().items() if name in known})
+    file = read_config(path, {name: spec for name, spec in option_specs().items() if name in known}, parser.prog)
     for text in file.warnings:
         logger.warning("%s", text)
     if file.problems:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from library.checkpoints.headers import Header, peek
-from library.checkpoints.lineages import is_network, kinds_of_network, lineage_of
+from library.checkpoints.headers import peek
 from library.checkpoints.recognition import ModelKind, recognise
+from library.checkpoints.safetensors_header import Header
 from library.preflight.subject import Subject, existing
 from networks.known import OWN_MODULES, modules_for
+from networks.recognition import NetworkKind, check_kind, describe
+
+#: width of text vectors -> the version of a lineage that has several
+_VERSIONS = {768: ModelKind.SD1, 1024: ModelKind.SD2}
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -39,25 +43,22 @@ def _file(option: str, path: str, header: Header, subject: Subject) -> Iterator[
     lineage = subject.lineage
     if lineage is None:
         return
-    if not is_network(header.shapes):
-        kind = recognise(header.shapes)
-        what = f"looks like {kind.value}" if kind is not ModelKind.UNKNOWN else "holds no network that is known here"
-        yield f"{option} {path} {what}; a network file (LoRA or another) is expected."
-        return
-    kinds = kinds_of_network(header.shapes)
-    if not kinds or kinds & subject.kinds:
-        return
-    right = lineage_of(kinds)
-    if right is None or right is lineage:
-        yield f"{option} {path} was trained for {_words(kinds)}: --v2 must fit it. Name another file."
-        return
-    script = right.script_like(subject.script)
-    advice = f"Use {script}, or another file." if script else "Name another file."
-    yield f"{option} {path} is a network for {right.title}, but {subject.script} trains {lineage.title}. {advice}"
+    kind = describe(header.shapes, header.shapes)
+    if not kind.is_network and recognise(header.shapes) is not ModelKind.UNKNOWN:
+        what = recognise(header.shapes).value
+        yield f"{option} {path} looks like {what}; a network file (LoRA or another) is expected."
+    elif subject.options.network.network_module in OWN_MODULES or kind.family not in (None, lineage.name):
+        yield from _unfit(kind, lineage.name, source=f"{option} {path}")
+    version = _VERSIONS.get(kind.context_width or 0)
+    if kind.family == lineage.name and version in lineage.kinds - subject.kinds:
+        yield f"{option} {path} was trained for {version.value}: --v2 must fit it. Name another file."
 
 
-def _words(kinds: frozenset[ModelKind]) -> str:
-    return " or ".join(sorted(kind.value for kind in kinds))
+def _unfit(kind: NetworkKind, family: str, *, source: str) -> Iterator[str]:
+    try:
+        check_kind(kind, family, source=source)
+    except ValueError as error:
+        yield str(error)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------
