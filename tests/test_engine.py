@@ -23,7 +23,7 @@ from library.generation.hooks import Drawing, StepHook, StepState
 from library.generation.pictures import load_mask, load_picture
 from library.generation.request import ImageRequest
 from library.generation.samplers import SAMPLERS, Start, make_sampler
-from library.generation.training_samples import TrainingSampler, sampling_problems
+from library.generation.training_samples import TrainingSampler, sampling_problems, sampling_warnings
 from library.options import Options, make_options
 from tests.gaussian import STD, GaussianFamily
 
@@ -505,9 +505,39 @@ def test_problems_are_found_before_training(values: dict[str, Any], message: str
         TrainingSampler(options, accelerator=accelerator())
 
 
-def test_unknown_samplers_in_the_file_are_found_before_training(tmp_path: Path) -> None:
-    (problem,) = sampling_problems(training_options(tmp_path, "a\nb --ss eular\n"))
-    assert "line 2" in problem and "'eular'" in problem and "euler_a" in problem
+def test_prompts_that_cannot_be_drawn_are_told_before_training_and_never_end_the_list(tmp_path: Path) -> None:
+    lines = [
+        "0.1 --w ten", "0.1 --zz 4", "0.1\t--d 5", "0.1 --d 12345678901234567890123", "(0.1:1.2.3)", "0.1 --ss eular",
+        "0.2 --s 1",
+    ]  # fmt: skip
+    options = training_options(tmp_path, "# first\n" + "\n".join(lines))
+    assert sampling_problems(options) == []
+    told = sampling_warnings(options, GaussianFamily())
+    skipped = [text for text in told if text.endswith("; it is skipped")]
+    assert [text.split(":")[0][-6:] for text in skipped] == ["line 5", "line 6", "line 7"]
+    for text, words in zip(skipped, ("seed", "1.2.3", "'eular'"), strict=True):
+        assert words in text
+    ignored = [text for text in told if text not in skipped]
+    assert [text.split(":")[0][-6:] for text in ignored] == ["line 2", "line 3", "line 4"]
+    sampler = TrainingSampler(options, accelerator=accelerator(), told=told)
+    drawn = sampler.draw(GaussianFamily(), epoch=None, step=2)
+    assert [path.name.split("_")[1] for path in drawn] == ["00", "01", "02", "06"]
+    assert drawn[2].stem.endswith("_5")
+
+
+def test_a_file_without_a_prompt_that_can_be_drawn_is_refused_before_training(tmp_path: Path) -> None:
+    first, second = sampling_problems(training_options(tmp_path, "a --d 99999999999999999999\nb --ss eular\n"))
+    assert "line 1" in first and "line 2" in second and "'eular'" in second and "euler_a" in second
+
+
+def test_a_sampler_that_a_model_cannot_use_is_told(tmp_path: Path) -> None:
+    class OneSampler(GaussianFamily):
+        without_effect = {"sample_sampler": "always Euler."}
+        reads_prompt_weights = False
+
+    told = sampling_warnings(training_options(tmp_path, "0.1 --ss euler_a\n(0.1:1.2.3)\n"), OneSampler(with_flow=True))
+    (warning,) = told
+    assert "line 1" in warning and "'euler_a' has no effect: always Euler" in warning
 
 
 def test_prompts_without_a_reason_to_sample_are_no_problem() -> None:
