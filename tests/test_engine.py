@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 from contextlib import nullcontext
@@ -314,6 +315,49 @@ def test_grey_masks_blend(picture: Path, tmp_path: Path) -> None:
     assert keep.shape == (1, 1, 8, 12) and torch.allclose(keep, torch.tensor(127 / 255))
 
 
+class ExactFamily(GaussianFamily):
+    """Its VAE adds no noise."""
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        means = torch.nn.functional.avg_pool2d(images, 8) * 4
+        return torch.cat([means, means[:, :1] * 0], dim=1)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "ddim"])
+def test_the_mask_blends_only_where_a_step_begins_and_at_its_noise_level(
+    picture: Path, mask: Path, sampler: str
+) -> None:
+    """Between the two calls of a step the state is the sampler's own, which no noise level of the table has."""
+    checked = {True: 0, False: 0}
+
+    def factory(drawing: Drawing) -> StepHook:
+        last: dict[str, Tensor] = {}
+
+        def hook(state: StepState) -> StepState:
+            if state.moment == "after":
+                last["x"], last["ended"] = state.x, torch.tensor(state.is_last_call)
+            elif state.moment == "before" and last:
+                kept = slice(None), slice(None), slice(None), slice(0, 7)
+                begins = bool(last["ended"])
+                family = drawing.family
+                latents = family.encode_images(load_picture(picture, (96, 64)))
+                if begins:  # known = signal * latents + amount * one noise, the same at every step
+                    signal = drawing.sampler.noised(torch.ones(()), torch.zeros(()), state.step)
+                    amount = drawing.sampler.noised(torch.zeros(()), torch.ones(()), state.step)
+                    noise = (state.x[kept] - signal * latents[kept]) / amount
+                    torch.testing.assert_close(noise, last.setdefault("noise", noise), atol=1e-3, rtol=1e-3)
+                else:
+                    assert torch.equal(state.x, last["x"])
+                checked[begins] += 1
+            return state
+
+        return hook
+
+    wanted = from_picture(picture, mask_image=mask, strength=0.9, steps=6, sampler=sampler)
+    images_of(ExactFamily(), wanted, settings=DrawSettings(hooks=(factory,)))
+    assert checked[True] > 2 and (checked[False] > 2) == (sampler != "ddim")
+
+
 def test_hooks_see_every_call_in_order_and_can_change_it() -> None:
     seen = []
 
@@ -376,14 +420,44 @@ def test_the_vae_decodes_in_its_own_dtype() -> None:
     assert dtypes == [torch.float16]
 
 
-def test_broken_pixels_are_black_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+def broken(part: str) -> GaussianFamily:
+    """A family one part of which gives, or consists of, NaN."""
+
     class Broken(GaussianFamily):
         def decode_latents(self, latents: Tensor) -> Tensor:
-            return super().decode_latents(latents) * float("nan")
+            return super().decode_latents(latents) * (math.nan if part in ("vae", "half vae") else 1)
 
-    (image,) = images_of(Broken(), request(steps=1))
+        def predict(self, *args: Any, **settings: Any) -> Tensor:
+            return super().predict(*args, **settings) * (1 if "vae" in part else math.nan)
+
+    family = Broken()
+    if part == "half vae":
+        family.vae.half()
+    elif part in ("denoiser", "text encoder"):
+        module = family.denoiser if part == "denoiser" else family.text_encoders[0]
+        next(module.parameters()).data.fill_(math.nan)
+    return family
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "said"),
+    [
+        ("half vae", torch.float32, "runs in float16, in float32 it would not overflow (--no_half_vae)"),
+        ("vae", torch.float32, "it runs in float32 already"),
+        ("denoiser", torch.float32, "NaN or infinite weights in the denoiser"),
+        ("text encoder", torch.float32, "NaN or infinite weights in the text encoder"),
+        ("predictions", torch.float32, "became NaN or infinite in float32; a network's strength"),
+        ("predictions", torch.float16, "became NaN or infinite in float16; compute in bfloat16 or float32"),
+    ],
+)
+def test_a_black_picture_says_what_is_broken(
+    part: str, dtype: torch.dtype, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (image,) = draw(broken(part), request(steps=1), device="cpu", dtype=dtype)
     assert image.getextrema() == ((0, 0),) * 3
-    assert "--no_half_vae" in caplog.text
+    (record,) = caplog.records
+    assert said in record.message
+    assert ("--no_half_vae" in record.message) == (part == "half vae")
 
 
 # --- samples during training ----------------------------------------------------------------------------------

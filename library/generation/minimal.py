@@ -172,9 +172,10 @@ class MinimalDrawer:
         settings = DrawSettings(encode_prompts=encode, style=PromptStyle(), show_progress=True)
         self.networks.set_multipliers(request.network_multipliers)
         [image] = draw(model.family, request, device=self.device, dtype=self.dtype, settings=settings)
-        texts = texts_of(
-            request, model=self.model_name, networks=self.networks.described(request.network_multipliers)
-        )
+        networks = self.networks.described(request.network_multipliers)
+        texts = texts_of(request, model.family.sampling_spec(), model=self.model_name, networks=networks)
+        if encode is not None:
+            texts["second-prompt"] = asked.second_prompt or ""
         request = replace(request, output_name=time.strftime(model.file_name))
         path = self.writer.write(image, request, texts, index=0)
         logger.info("seed %s: %s", request.seed, path)

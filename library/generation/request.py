@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from library.sampling_spec import SamplingSpec
+
 MAX_STEPS = 1000
 MAX_SIDE = 16384  # pixels; sizes and crops of prompt lines
 MAX_SEED = 2**64 - 1
@@ -69,6 +71,12 @@ class ImageRequest:
             width=max(minimum, self.width - self.width % multiple),
             height=max(minimum, self.height - self.height % multiple),
         )
+
+
+def embedded_guidance(request: ImageRequest, spec: SamplingSpec) -> float | None:
+    """The guidance value that a distilled model is told; None for models that have none."""
+    default = spec.defaults.guidance_scale
+    return request.guidance_scale if default is not None and request.guidance_scale is not None else default
 
 
 def batches(requests: Iterable[ImageRequest], batch_size: int) -> Iterator[list[ImageRequest]]:

@@ -245,7 +245,7 @@ class Drawer:
             )
             networks = self.networks.described(multipliers)
             for index, (image, request) in enumerate(zip(images, batch, strict=True)):
-                texts = texts_of(request, model=self.model_name, networks=networks)
+                texts = texts_of(request, self.family.sampling_spec(), model=self.model_name, networks=networks)
                 path = self.writer.write(image, request, texts, index=index)
                 logger.info("seed %s: %s", request.seed, path)
                 self.count += 1
