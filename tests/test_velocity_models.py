@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import sdxl_minimal_inference
 from library import tool_launch
 from library.model_files import RecordedNoise, recorded_noise
-from library.model_util import load_checkpoint, save_diffusers_folder
+from library.model_util import load_checkpoint, save_diffusers_folder, scheduler_config
 from tests.generation import difference, generate
 from tests.sdxl_tiny import MODEL as SDXL
 from tests.training import MODEL as SD1
@@ -59,7 +59,7 @@ def test_metadata_of_saved_models_is_used(tmp_path: Path) -> None:
 
 def test_folders_say_it_in_their_scheduler(tmp_path: Path) -> None:
     modules = load_checkpoint(SD1, v2=False, dtype=torch.float32)
-    save_diffusers_folder(tmp_path / "m", modules, v_parameterization=True)
+    save_diffusers_folder(tmp_path / "m", modules, scheduler=scheduler_config(v_parameterization=True))
     assert recorded_noise(tmp_path / "m") == RecordedNoise("v", False)
     config = tmp_path / "m" / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "rescale_betas_zero_snr": True}))
