@@ -126,7 +126,7 @@ def recorded_noise(source: Path) -> RecordedNoise:
 
 
 def recorded_prediction_type(source: Path) -> str | None:
-    """"epsilon" or "v", where a model says so."""
+    """What a model says that it predicts: "epsilon", "v", or None."""
     return recorded_noise(source).prediction_type
 
 

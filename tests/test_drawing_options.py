@@ -154,9 +154,11 @@ SCALED_LORA = """
 from networks import lora
 from networks.lora import create_network
 
-def create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_sd=None, for_inference=False, **kwargs):
-    factor = float(kwargs.get("factor", 1))
-    return lora.create_network_from_weights(multiplier * factor, file, vae, text_encoder, unet, weights_sd, for_inference)
+def create_network_from_weights(multiplier, *models, factor="1", **settings):
+    network, weights = lora.create_network_from_weights(multiplier, *models, **settings)
+    set_multiplier = network.set_multiplier
+    network.set_multiplier = lambda value: set_multiplier(value * float(factor))
+    return network, weights
 """
 PROMPTER = """
 def get_prompter(args, pipe, networks):
@@ -178,9 +180,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     embedding = load_file(SD1)["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"].float()
     rows = torch.randn(1, embedding.shape[1], generator=generator) * embedding.std()
     save_file({"emb_params": rows}, folder / "word.safetensors")
-    save_file(
-        {key: rows * (index % 3) for index, key in enumerate(LAYER_KEYS)}, folder / "layers.safetensors"
-    )
+    save_file({key: rows * (index % 3) for index, key in enumerate(LAYER_KEYS)}, folder / "layers.safetensors")
     pixels = torch.rand(64, 64, 3, generator=generator)
     Image.fromarray((pixels * 255).to(torch.uint8).numpy()).save(folder / "photo.png")
     mask = np.zeros((64, 64), dtype=np.uint8)
@@ -319,9 +319,7 @@ def test_names_of_files(tmp_path: Path, files: dict[str, str]) -> None:
     assert numbered.parent == tmp_path / "a"
 
 
-def test_prompts_from_the_keyboard_and_the_window(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_from_the_keyboard_and_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import cv2
 
     shown: list[str] = []

@@ -135,9 +135,8 @@ def write_network(script: str, path: Path) -> None:
     if script == "sdxl_minimal_inference":
         sdxl_tiny.write_sdxl_lora(path, sdxl_tiny.sdxl_family())
         return
-    family, module = (
-        (flux_tiny.flux_family(), lora_flux) if script == "flux_minimal_inference" else (sd3_tiny.tiny_family(), lora_sd3)
-    )
+    is_flux = script == "flux_minimal_inference"
+    family, module = (flux_tiny.flux_family(), lora_flux) if is_flux else (sd3_tiny.tiny_family(), lora_sd3)
     network = module.create_network(1.0, 2, 2.0, None, family.text_encoders, family.denoiser)
     randomize(network, 1)
     network.save_weights(path, torch.float32, {})

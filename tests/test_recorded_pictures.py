@@ -114,7 +114,7 @@ def test_a_graph_of_flux_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("texts", [
     {}, {"parameters": "{\"prompt\": \"of another program\"}"}, {"Description": "a cat"}, {"prompt": ""},
     {"prompt": json.dumps(graph(**{"3": None}))},
-    {"prompt": json.dumps(graph(**{"6": node("ConditioningCombine", conditioning_1=["7", 0], conditioning_2=["8", 0])}))},
+    {"prompt": json.dumps(graph(**{"6": node("Combine", conditioning_1=["7", 0], conditioning_2=["7", 0])}))},
     {"prompt": json.dumps(graph(**{"6": node("CLIPTextEncode", text=["6", 0])}))},
     {"prompt": json.dumps(graph(**{"9": node("KSampler", positive=["7", 0], negative=["7", 0])}))},
     {"prompt": json.dumps(graph(**{"3": {"class_type": "KSampler", "inputs": None}}))},

@@ -295,8 +295,8 @@ def broken_picture(family: ModelFamily, latents: Tensor, dtype: torch.dtype) -> 
     names = [name for name, part in _parts(family) if not _is_finite(part)]
     if names:
         return (
-            f"The picture is black: there are NaN or infinite weights in the {' and the '.join(names)}. The model file, "
-            "or a network that was added to it, is damaged: use another one."
+            f"The picture is black: there are NaN or infinite weights in the {' and the '.join(names)}. The model file "
+            "or a network that was added to it is damaged: use another one."
         )
     advice = "compute in bfloat16 or float32" if dtype == torch.float16 else "a network's strength may be too high"
     return f"The picture is black: the model's predictions became NaN or infinite in {_name(dtype)}; {advice}."

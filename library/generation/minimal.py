@@ -142,9 +142,10 @@ def without_effect(options: MinimalOptions, model: MinimalModel, request: ImageR
         yield f"--guidance {given} has no effect: this model takes no guidance value."
 
 
-def non_default_guidance(options: MinimalOptions) -> float | None:
+def non_default_guidance(options: Any) -> float | None:
     """The guidance value of the command line, if it is another than the script's own."""
-    default = next((spec.default for spec in specs_of(type(options)) if spec.name == "guidance"), None)
+    kind: Any = type(options)
+    default = next((spec.default for spec in specs_of(kind) if spec.name == "guidance"), None)
     value = getattr(options, "guidance", None)
     return None if value == default else value
 
