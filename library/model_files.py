@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 DENOISER, VAE, TEXT = "denoiser", "vae", "text encoders"
 ALL_PARTS = frozenset({DENOISER, VAE, TEXT})
+#: keys of empty tensors by which checkpoints say that they predict velocity, and that their noise ends pure
+V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER = "v_pred", "ztsnr"
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,31 @@ def clip_of_folder(
     )  # fmt: skip
 
 
-def recorded_prediction_type(source: Path) -> str | None:
-    """"epsilon" or "v", where a file's metadata or a folder's scheduler says so."""
+@dataclass(frozen=True)
+class RecordedNoise:
+    """What a model says about the noise it was trained with: "epsilon" or "v" (None: nothing), zero terminal SNR."""
+
+    prediction_type: str | None = None
+    has_zero_terminal_snr: bool = False
+
+
+def recorded_noise(source: Path) -> RecordedNoise:
+    """From the markers among a file's keys, its metadata, or a folder's scheduler. Pickles are not opened."""
     if source.is_dir():
-        name = read_config(source / "scheduler", "scheduler_config.json").get("prediction_type")
-        return {"epsilon": "epsilon", "v_prediction": "v"}.get(name or "")
-    return read_metadata(source).get("modelspec.prediction_type") if source.is_file() else None
+        config = read_config(source / "scheduler", "scheduler_config.json")
+        kind, is_rescaled = config.get("prediction_type"), config.get("rescale_betas_zero_snr") is True
+    elif source.is_file() and is_safetensors(source):
+        keys, metadata = open_tensors(source), read_metadata(source)
+        kind = "v" if V_PREDICTION_MARKER in keys else metadata.get("modelspec.prediction_type")
+        is_rescaled = ZERO_TERMINAL_SNR_MARKER in keys or metadata.get("ss_zero_terminal_snr") == "True"
+    else:
+        return RecordedNoise()
+    return RecordedNoise({"epsilon": "epsilon", "v": "v", "v_prediction": "v"}.get(str(kind)), is_rescaled)
+
+
+def recorded_prediction_type(source: Path) -> str | None:
+    """What a model says that it predicts: "epsilon", "v", or None."""
+    return recorded_noise(source).prediction_type
 
 
 # --- saving a single file --------------------------------------------------------------------------------------

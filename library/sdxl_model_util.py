@@ -19,11 +19,14 @@ from library.checkpoints.tensors import LazyTensors, open_tensors
 from library.model_files import (
     DENOISER,
     TEXT,
+    V_PREDICTION_MARKER,
     VAE,
+    ZERO_TERMINAL_SNR_MARKER,
     LoadSpec,
     PipelineFolder,
+    RecordedNoise,
     locate,
-    recorded_prediction_type,
+    recorded_noise,
     scheduler_config,
 )
 from library.models.text_encoders import ClipTextEncoder, build_clip
@@ -39,7 +42,6 @@ __all__ = [
 #: what shapes cannot tell about SDXL's VAE; the factor holds for every VAE that takes its place
 VAE_SETTINGS: Mapping[str, Any] = {"scaling_factor": 0.13025, "force_upcast": True}
 _FOLDER_PARTS = ("unet", "text_encoder", "text_encoder_2")
-_V_PREDICTION_MARKER = "v_pred"
 
 
 @dataclass
@@ -52,7 +54,7 @@ class SdxlModules:
     unet: SdxlUNet2DConditionModel
     source: Path
     is_single_file: bool
-    prediction_type: str | None = None  # "epsilon" or "v", where the source says so
+    recorded: RecordedNoise = RecordedNoise()  # what the source says
 
 
 # --- loading ---------------------------------------------------------------------------------------------------
@@ -99,7 +101,8 @@ def _load_file(path: Path, spec: LoadSpec) -> SdxlModules:
         )),
         source=path,
         is_single_file=True,
-        prediction_type="v" if _V_PREDICTION_MARKER in file else recorded_prediction_type(path),
+        recorded=RecordedNoise("v", ZERO_TERMINAL_SNR_MARKER in file) if V_PREDICTION_MARKER in file
+        else recorded_noise(path),
     )  # fmt: skip
 
 
@@ -132,7 +135,7 @@ def _load_folder(folder: Path, spec: LoadSpec) -> SdxlModules:
         )),
         source=folder,
         is_single_file=False,
-        prediction_type=recorded_prediction_type(folder),
+        recorded=recorded_noise(folder),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from library.data.loader import BatchLoader
 from library.data.preview import open_window, show_dataset
 from library.data.text_cache import text_cache_problems
 from library.families.base import ModelFamily
-from library.generation.training_samples import TrainingSampler
+from library.generation.training_samples import TrainingSampler, sampling_warnings
 from library.lr_schedulers import create_lr_scheduler
 from library.memory.fused_step import fused_step_problems
 from library.metadata import RunFacts, TrainingMetadata
@@ -72,6 +72,9 @@ def train(
     method = method_class(options, family)
     raise_problems(room_problems(options, family, method))
     warn_without_effect(options, {**family.without_effect, **method.without_effect})
+    prompt_warnings = sampling_warnings(options, family)
+    for warning in prompt_warnings:
+        logger.warning("%s", warning)
     method.prepare_text()
     resumed = resumed_progress(options)
     accelerator = make_accelerator(options, started_at)
@@ -88,7 +91,8 @@ def train(
     group.max_train_steps = plan.max_steps
     start = starting_position(options, plan, resumed)
     sampler = TrainingSampler(
-        options, accelerator=accelerator, predict_for=method.predict_for, prompt_text=method.prompt_text
+        options, accelerator=accelerator, predict_for=method.predict_for, prompt_text=method.prompt_text,
+        told=prompt_warnings,
     )
     placement = load_models(options, family, method, group, accelerator)
     if options.cache.cache_text_encoder_outputs:

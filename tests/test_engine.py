@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from library.generation.hooks import Drawing, StepHook, StepState
 from library.generation.pictures import load_mask, load_picture
 from library.generation.request import ImageRequest
 from library.generation.samplers import SAMPLERS, Start, make_sampler
-from library.generation.training_samples import TrainingSampler, prompt_warnings, sampling_problems
+from library.generation.training_samples import TrainingSampler, sampling_problems, sampling_warnings
 from library.options import Options, make_options
 from tests.gaussian import STD, GaussianFamily
 
@@ -314,6 +315,49 @@ def test_grey_masks_blend(picture: Path, tmp_path: Path) -> None:
     assert keep.shape == (1, 1, 8, 12) and torch.allclose(keep, torch.tensor(127 / 255))
 
 
+class ExactFamily(GaussianFamily):
+    """Its VAE adds no noise."""
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        means = torch.nn.functional.avg_pool2d(images, 8) * 4
+        return torch.cat([means, means[:, :1] * 0], dim=1)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "ddim"])
+def test_the_mask_blends_only_where_a_step_begins_and_at_its_noise_level(
+    picture: Path, mask: Path, sampler: str
+) -> None:
+    """Between the two calls of a step the state is the sampler's own, which no noise level of the table has."""
+    checked = {True: 0, False: 0}
+
+    def factory(drawing: Drawing) -> StepHook:
+        last: dict[str, Tensor] = {}
+
+        def hook(state: StepState) -> StepState:
+            if state.moment == "after":
+                last["x"], last["ended"] = state.x, torch.tensor(state.is_last_call)
+            elif state.moment == "before" and last:
+                kept = slice(None), slice(None), slice(None), slice(0, 7)
+                begins = bool(last["ended"])
+                family = drawing.family
+                latents = family.encode_images(load_picture(picture, (96, 64)))
+                if begins:  # known = signal * latents + amount * one noise, the same at every step
+                    signal = drawing.sampler.noised(torch.ones(()), torch.zeros(()), state.step)
+                    amount = drawing.sampler.noised(torch.zeros(()), torch.ones(()), state.step)
+                    noise = (state.x[kept] - signal * latents[kept]) / amount
+                    torch.testing.assert_close(noise, last.setdefault("noise", noise), atol=1e-3, rtol=1e-3)
+                else:
+                    assert torch.equal(state.x, last["x"])
+                checked[begins] += 1
+            return state
+
+        return hook
+
+    wanted = from_picture(picture, mask_image=mask, strength=0.9, steps=6, sampler=sampler)
+    images_of(ExactFamily(), wanted, settings=DrawSettings(hooks=(factory,)))
+    assert checked[True] > 2 and (checked[False] > 2) == (sampler != "ddim")
+
+
 def test_hooks_see_every_call_in_order_and_can_change_it() -> None:
     seen = []
 
@@ -376,14 +420,44 @@ def test_the_vae_decodes_in_its_own_dtype() -> None:
     assert dtypes == [torch.float16]
 
 
-def test_broken_pixels_are_black_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+def broken(part: str) -> GaussianFamily:
+    """A family one part of which gives, or consists of, NaN."""
+
     class Broken(GaussianFamily):
         def decode_latents(self, latents: Tensor) -> Tensor:
-            return super().decode_latents(latents) * float("nan")
+            return super().decode_latents(latents) * (math.nan if part in ("vae", "half vae") else 1)
 
-    (image,) = images_of(Broken(), request(steps=1))
+        def predict(self, *args: Any, **settings: Any) -> Tensor:
+            return super().predict(*args, **settings) * (1 if "vae" in part else math.nan)
+
+    family = Broken()
+    if part == "half vae":
+        family.vae.half()
+    elif part in ("denoiser", "text encoder"):
+        module = family.denoiser if part == "denoiser" else family.text_encoders[0]
+        next(module.parameters()).data.fill_(math.nan)
+    return family
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "said"),
+    [
+        ("half vae", torch.float32, "runs in float16, in float32 it would not overflow (--no_half_vae)"),
+        ("vae", torch.float32, "it runs in float32 already"),
+        ("denoiser", torch.float32, "NaN or infinite weights in the denoiser"),
+        ("text encoder", torch.float32, "NaN or infinite weights in the text encoder"),
+        ("predictions", torch.float32, "became NaN or infinite in float32; a network's strength"),
+        ("predictions", torch.float16, "became NaN or infinite in float16; compute in bfloat16 or float32"),
+    ],
+)
+def test_a_black_picture_says_what_is_broken(
+    part: str, dtype: torch.dtype, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (image,) = draw(broken(part), request(steps=1), device="cpu", dtype=dtype)
     assert image.getextrema() == ((0, 0),) * 3
-    assert "--no_half_vae" in caplog.text
+    (record,) = caplog.records
+    assert said in record.message
+    assert ("--no_half_vae" in record.message) == (part == "half vae")
 
 
 # --- samples during training ----------------------------------------------------------------------------------
@@ -505,20 +579,39 @@ def test_problems_are_found_before_training(values: dict[str, Any], message: str
         TrainingSampler(options, accelerator=accelerator())
 
 
-def test_prompts_that_cannot_be_drawn_are_told_before_training_and_do_not_end_the_list(tmp_path: Path) -> None:
-    lines = "a\nb --ss eular\nc --d 99999999999999999999\n(d:1.2.3)\ne --w ten\nf\t--d 5\ng\n"
-    options = training_options(tmp_path, lines)
+def test_prompts_that_cannot_be_drawn_are_told_before_training_and_never_end_the_list(tmp_path: Path) -> None:
+    lines = [
+        "0.1 --w ten", "0.1 --zz 4", "0.1\t--d 5", "0.1 --d 12345678901234567890123", "(0.1:1.2.3)", "0.1 --ss eular",
+        "0.2 --s 1",
+    ]  # fmt: skip
+    options = training_options(tmp_path, "# first\n" + "\n".join(lines))
     assert sampling_problems(options) == []
-    told = prompt_warnings(options, reads_weights=True)
-    assert [int(re.search(r"line (\d)", text)[1]) for text in told] == [2, 3, 4, 5, 6]
-    assert [text.startswith("Sample image skipped") for text in told] == [True, True, True, False, False]
-    assert "'eular'" in told[0] and "euler_a" in told[0]
-    assert len(prompt_warnings(options, reads_weights=False)) == 4
+    told = sampling_warnings(options, GaussianFamily())
+    skipped = [text for text in told if text.endswith("; it is skipped")]
+    assert [text.split(":")[0][-6:] for text in skipped] == ["line 5", "line 6", "line 7"]
+    for text, words in zip(skipped, ("seed", "1.2.3", "'eular'"), strict=True):
+        assert words in text
+    ignored = [text for text in told if text not in skipped]
+    assert [text.split(":")[0][-6:] for text in ignored] == ["line 2", "line 3", "line 4"]
+    sampler = TrainingSampler(options, accelerator=accelerator(), told=told)
+    drawn = sampler.draw(GaussianFamily(), epoch=None, step=2)
+    assert [path.name.split("_")[1] for path in drawn] == ["00", "01", "02", "06"]
+    assert drawn[2].stem.endswith("_5")
 
 
-def test_a_file_without_any_prompt_that_can_be_drawn_is_refused(tmp_path: Path) -> None:
-    (problem,) = sampling_problems(training_options(tmp_path, "b --ss eular\n"))
-    assert "line 1" in problem and "'eular'" in problem
+def test_a_file_without_a_prompt_that_can_be_drawn_is_refused_before_training(tmp_path: Path) -> None:
+    first, second = sampling_problems(training_options(tmp_path, "a --d 99999999999999999999\nb --ss eular\n"))
+    assert "line 1" in first and "line 2" in second and "'eular'" in second and "euler_a" in second
+
+
+def test_a_sampler_that_a_model_cannot_use_is_told(tmp_path: Path) -> None:
+    class OneSampler(GaussianFamily):
+        without_effect = {"sample_sampler": "always Euler."}
+        reads_prompt_weights = False
+
+    told = sampling_warnings(training_options(tmp_path, "0.1 --ss euler_a\n(0.1:1.2.3)\n"), OneSampler(with_flow=True))
+    (warning,) = told
+    assert "line 1" in warning and "'euler_a' has no effect: always Euler" in warning
 
 
 def test_prompts_without_a_reason_to_sample_are_no_problem() -> None:

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from library import launch
-from library.generation.pictures import prompt_of, read_texts
+from library.generation.pictures import read_texts
+from library.generation.recorded import recorded_prompt
 from library.generation.request import ImageRequest
 from library.generation.writer import Writer, save_image
 from tests.generation import difference, generate, pixels_of, texts_of, write_lora
@@ -153,7 +154,8 @@ def test_a_single_prompt_with_a_mistake_is_refused(tmp_path: Path, capsys: pytes
 def test_prompts_come_from_images(tmp_path: Path, picture: Path, caplog: pytest.LogCaptureFixture) -> None:
     (drawn,) = generate("--prompt", "a cat --n dog --f a.png", "--steps", "1", outdir=tmp_path / "source")
     (compressed,) = generate("--prompt", "a fox --f b.webp", "--steps", "1", outdir=tmp_path / "source")
-    assert prompt_of(drawn) == "a cat --n dog" and prompt_of(compressed) == "a fox"
+    recorded = recorded_prompt(drawn), recorded_prompt(compressed)
+    assert [(one.prompt, one.negative_prompt) for one in recorded] == [("a cat", "dog"), ("a fox", "")]
     Image.open(picture).save(tmp_path / "source" / "aa_silent.png")
     files = generate(
         "--image_path", tmp_path / "source", "--images_per_prompt", "2", "--strength", "0.5",
@@ -396,7 +398,7 @@ def test_texts_survive_in_every_format(tmp_path: Path, ending: str) -> None:
 
 def test_pictures_of_other_programs_hold_no_prompt(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
-    assert read_texts(tmp_path / "a.jpg") == {} and prompt_of(tmp_path / "a.jpg") is None
+    assert read_texts(tmp_path / "a.jpg") == {} and recorded_prompt(tmp_path / "a.jpg") is None
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + zlib.compress(b"x"))
     with pytest.raises(ValueError, match="b.png"):
         read_texts(tmp_path / "b.png")

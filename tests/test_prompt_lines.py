@@ -11,6 +11,7 @@ from library.generation.prompt_file import read_prompt_file
 from library.generation.request import (
     GENERATION,
     TRAINING_SAMPLES,
+    Dialect,
     ImageRequest,
     PromptSyntaxError,
     batches,
@@ -68,6 +69,15 @@ def test_training_sample_lines_set_the_recorded_options(case: dict) -> None:
 def test_unknown_option_names_are_listed_in_the_warning() -> None:
     (warning,) = parse_prompt_line("a --zz 5", TRAINING_SAMPLES).warnings
     assert "--zz" in warning and "--w" in warning
+
+
+@pytest.mark.parametrize("blank", ["\t", "\u3000", "\xa0"])
+@pytest.mark.parametrize("dialect", [GENERATION, TRAINING_SAMPLES])
+def test_white_space_beside_an_option_is_read_as_a_blank_and_told(blank: str, dialect: Dialect) -> None:
+    line = parse_prompt_line(f"a{blank}b{blank}--w{blank}64{blank}--h 32 --n x{blank}y", dialect)
+    assert line.prompt == f"a{blank}b"
+    assert line.options == {"width": 64, "height": 32, "negative_prompt": f"x{blank}y"}
+    assert len(line.warnings) == 2 and "'--w'" in line.warnings[0] and "'--h'" in line.warnings[1]
 
 
 # --- prompt files ---------------------------------------------------------------------------------------------

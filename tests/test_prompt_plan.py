@@ -12,7 +12,7 @@ import pytest
 from library.generation.plan import (
     InitImage,
     SeedSource,
-    line_problems,
+    check_lines,
     plan,
     read_prompt_lines,
     safe_output_path,
@@ -100,6 +100,18 @@ def test_one_seed_per_iteration() -> None:
     assert "equal" in warning
 
 
+def test_lines_are_checked_one_by_one_before_anything_is_drawn(caplog: pytest.LogCaptureFixture) -> None:
+    lines = ["a --w ten", "b --zz 4", "c\t--d 7", "d --d 123456789012345678901", "(e:1.2.3)", "f --w ten", "g"]
+    places = [f"p.txt, line {number}" for number in range(3, 10)]
+    report = check_lines(lines, DEFAULTS, places)
+    assert [text.split(":")[0] for text in report.problems] == ["p.txt, line 6", "p.txt, line 7"]
+    assert [text.split(":")[0] for text in report.warnings] == [f"p.txt, line {n}" for n in (3, 4, 5, 8)]
+    drawn = list(plan(lines, replace(DEFAULTS, n_iter=2), SeedSource(1), places=places, told=report.told))
+    assert [image.prompt for image in drawn] == ["a", "b", "c", "f", "g"] * 2
+    assert drawn[2].seed == 7
+    assert caplog.records == []  # nothing is told twice
+
+
 @pytest.mark.parametrize(
     ("line", "rest", "found"),
     [
@@ -154,7 +166,7 @@ def test_bad_lines_are_skipped_and_reported(caplog: pytest.LogCaptureFixture) ->
     assert prompts(lines) == ["a", "d"]
     assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
     assert "prompt 2" in caplog.records[0].message and "'--d 1,'" in caplog.records[0].message
-    assert [problem.split(":")[0] for problem in line_problems(lines, DEFAULTS)] == ["prompt 2", "prompt 3"]
+    assert [problem.split(":")[0] for problem in check_lines(lines, DEFAULTS).problems] == ["prompt 2", "prompt 3"]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +285,7 @@ def test_repetitions_must_be_positive() -> None:
 def test_prompt_files_skip_blank_lines_and_comments(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffein Häuschen\r\n\n#no\n  \n #yes\n".encode())
-    assert [line.strip() for line in read_prompt_lines(path)] == ["ein Häuschen", "#yes"]
+    assert [(number, line.strip()) for number, line in read_prompt_lines(path)] == [(1, "ein Häuschen"), (5, "#yes")]
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="p.txt"):
         read_prompt_lines(path)

@@ -100,6 +100,19 @@ def test_single_evaluation_samplers_call_the_model_once_per_step(name: str, step
     assert all(0 <= t < 1000 for t in sampler.timesteps)
 
 
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler_a", "dpmsolver", "dpmsolver++"])
+def test_zero_terminal_snr_begins_at_the_last_step(name: str) -> None:
+    spec = GaussianFamily("v_prediction", zero_terminal_snr=True).sampling_spec()
+    assert make_sampler(name, spec, 10, (8, 8)).timesteps[0] == 999.0
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 1000])
+def test_every_number_of_steps_can_be_sampled(name: str, steps: int) -> None:
+    timesteps = make_sampler(name, GaussianFamily().sampling_spec(), steps, (8, 8)).timesteps
+    assert len(timesteps) >= steps and all(0 <= t < 1000 for t in timesteps)
+
+
 def test_ddim_starts_one_after_the_even_spacing_and_does_not_clip() -> None:
     family = GaussianFamily()
     sampler = make_sampler("ddim", family.sampling_spec(), 10, (8, 8))

@@ -257,6 +257,14 @@ def test_a_marker_of_velocity_prediction_is_noticed(checkpoint, tmp_path, caplog
     assert told.model_metadata()["prediction_type"] == "v"
 
 
+def test_a_marker_of_pure_noise_is_noticed_in_training(checkpoint, tmp_path, caplog):
+    markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file({**load_file(checkpoint), **markers}, tmp_path / "v.safetensors")
+    family = sdxl_family(tmp_path / "v.safetensors", v_parameterization=True)
+    assert "zero terminal SNR: add --zero_terminal_snr?" in caplog.text
+    assert not family.sampling_spec().has_zero_terminal_snr  # training does as its options say
+
+
 # --- options ---------------------------------------------------------------------------------------------------
 def test_options_that_cannot_work_are_refused_before_loading():
     [problem] = StableDiffusionXL(sdxl_options(v2=True)).check_options()

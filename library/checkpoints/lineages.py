@@ -25,7 +25,6 @@ class Lineage:
     family: str  # dotted path, as scripts have it
     kinds: frozenset[ModelKind]
     prefix: str
-    reads_weights: bool = False  # whether prompts may have `(words:1.2)`
 
     def kinds_for(self, *, v2: bool | None) -> frozenset[ModelKind]:
         """`kinds`, or the one of a version where `--v2` tells two of them apart (None: the script has no `--v2`)."""
@@ -49,11 +48,10 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 LINEAGES = (
     Lineage(
         "sd", "Stable Diffusion 1.x and 2.x", "library.families.sd:StableDiffusion",
-        frozenset({ModelKind.SD1, ModelKind.SD2}), "", reads_weights=True,
+        frozenset({ModelKind.SD1, ModelKind.SD2}), "",
     ),
     Lineage(
         "sdxl", "SDXL", "library.families.sdxl:StableDiffusionXL", frozenset({ModelKind.SDXL}), "sdxl_",
-        reads_weights=True,
     ),
     Lineage("sd3", "Stable Diffusion 3 and 3.5", "library.families.sd3:StableDiffusion3", _SD3, "sd3_"),
     Lineage("flux", "FLUX.1", "library.families.flux:Flux", _FLUX, "flux_"),

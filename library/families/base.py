@@ -145,6 +145,8 @@ class ModelFamily(ABC):
     opt_in_text_encoders: frozenset[str] = frozenset()
     #: options that are accepted and mean nothing for this family -> why (they warn once when set)
     without_effect: Mapping[str, str] = MappingProxyType({})
+    reads_prompt_weights = True  # whether `(word:1.2)` in a prompt means something; otherwise it is plain text
+    wide_vae_option = "--no_half_vae"  # what runs the VAE in float32
     #: what `save` can write
     layouts: tuple[str, ...] = ("safetensors",)
     #: whether full training keeps the denoiser in the dtype of the computation, even without `--full_fp16/bf16`

@@ -47,6 +47,7 @@ def stable_diffusion_xl(options: GenerationOptions) -> ModelFamily:
         _require(model_kind(name), ModelKind.SDXL, name)
     family = StableDiffusionXL(options.for_family(v2=False))
     family.model_option = OPTION
+    family.follows_model = True
     return family
 
 
@@ -62,6 +63,7 @@ def _require(found: ModelKind, expected: ModelKind, name: str) -> None:
 def _stable_diffusion(options: GenerationOptions, *, v2: bool) -> ModelFamily:
     family = StableDiffusion(options.for_family(v2=v2))
     family.model_option = OPTION
+    family.follows_model = True
     return family
 
 

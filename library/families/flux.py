@@ -74,6 +74,7 @@ class Flux(AutoencoderFamily):
     )  # fmt: skip
     text_encoder_names = ("clip_l", "t5xxl")
     opt_in_text_encoders = frozenset({"t5xxl"})
+    reads_prompt_weights = False
     layouts = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
     trains_in_weight_dtype = True
     denoiser: Any  # models.flux.Flux
@@ -377,6 +378,7 @@ def _options_without_effect(options: Options) -> dict[str, str]:
     reasons |= {
         "v2": "it is for Stable Diffusion 2.",
         "vae": "FLUX's autoencoder is given with --ae.",
+        "sample_sampler": "pictures are always drawn with Euler steps.",
         "clip_skip": "FLUX uses CLIP-L's pooled state and the last layer of T5.",
         "max_token_length": "FLUX reads --t5xxl_max_token_length tokens.",
     }

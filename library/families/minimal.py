@@ -72,6 +72,7 @@ def sdxl(options: SdxlMinimalOptions) -> MinimalModel:
     family = StableDiffusionXL(make_options(**model_paths(options)))
     family.model_option = OPTION
     family.noise_on_cpu = True
+    family.follows_model = True
 
     def with_second(prompts: Sequence[str]) -> Callable[..., Any]:
         return partial(family.encode_prompts, second_prompts=prompts)
@@ -94,6 +95,7 @@ def flux(options: FluxMinimalOptions) -> MinimalModel:
         apply_t5_attn_mask=options.apply_t5_attn_mask, model_type=options.model_type, guidance_scale=options.guidance,
     ))  # fmt: skip
     family.model_option = OPTION
+    family.wide_vae_option = "--ae_dtype fp32"
     dtype = wide_dtype(options.flux_dtype or options.dtype, "--flux_dtype" if options.flux_dtype else "--dtype")
     family.encoder_dtypes = {
         name: wide_dtype(word, f"--{name}_dtype")
@@ -129,6 +131,7 @@ def sd3(options: Sd3MinimalOptions) -> MinimalModel:
         apply_t5_attn_mask=options.apply_t5_attn_mask,
     ))  # fmt: skip
     family.model_option = OPTION
+    family.wide_vae_option = "without --fp16 or --bf16"
     family.noise_on_cpu = False
     dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
     return MinimalModel(

@@ -15,6 +15,7 @@ from library.data.records import LatentSpec
 from library.families.autoencoder_family import attention_kind, compute_dtype
 from library.families.base import Conditioning, ControlNet, EmbeddingTable, SizeConditioning, Tokenize
 from library.families.unet_family import UNetFamily
+from library.model_files import recorded_noise
 from library.options import Options
 from library.text import clip
 from library.text.clip import ClipTokenizer, PromptStyle
@@ -55,7 +56,7 @@ class StableDiffusion(UNetFamily):
 
     def load(self, *, weight_dtype: torch.dtype, vae_dtype: torch.dtype, device: torch.device | str) -> None:
         """Reads the model of `--pretrained_model_name_or_path` (and `--vae`); checks that the tokenizer fits."""
-        from library.model_util import LoadSpec, load_model, recorded_prediction_type
+        from library.model_util import LoadSpec, load_model
 
         self._warn()
         model = self.options.model
@@ -68,7 +69,7 @@ class StableDiffusion(UNetFamily):
         self.denoiser, self.vae = self.modules.unet, self.modules.vae
         self.text_encoders = [self.modules.text_encoder]
         source = self.modules.source
-        self._finish_loading(source, recorded_prediction=recorded_prediction_type(source))
+        self._finish_loading(source, recorded_noise(source))
 
     @property
     def text_encoder(self) -> Any:

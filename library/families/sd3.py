@@ -64,6 +64,7 @@ _WITHOUT_EFFECT = {
     "zero_terminal_snr": "the noise of Stable Diffusion 3 ends pure anyway.",
     "v_parameterization": "Stable Diffusion 3 always predicts the velocity of its flow.",
     "v2": "the model is a Stable Diffusion 3.",
+    "sample_sampler": "pictures are always drawn with Euler steps.",
     "clip_skip": "Stable Diffusion 3 always reads the second to last layer of its CLIP encoders.",
     "max_token_length": "CLIP captions of Stable Diffusion 3 have 75 tokens; for T5 use --t5xxl_max_token_length.",
     "save_clip": "CLIP encoders are saved beside the model when they are trained.",
@@ -82,6 +83,7 @@ class StableDiffusion3(AutoencoderFamily):
     latent = LatentSpec(LATENT_CHANNELS, 8, 8, SCALE, SHIFT, "_sd3.npz", cache_keys_have_size=True, pixel_unit=16)
     text_encoder_names = ("clip_l", "clip_g", "t5xxl")
     opt_in_text_encoders = frozenset({"t5xxl"})
+    reads_prompt_weights = False
     without_effect = MappingProxyType(_WITHOUT_EFFECT)
     layouts = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
     denoiser: MMDiT

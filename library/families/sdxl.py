@@ -75,7 +75,7 @@ class StableDiffusionXL(UNetFamily):
         )
         self.denoiser, self.vae = self.modules.unet, self.modules.vae
         self.text_encoders = [self.modules.text_encoder1, self.modules.text_encoder2]
-        self._finish_loading(self.modules.source, recorded_prediction=self.modules.prediction_type)
+        self._finish_loading(self.modules.source, self.modules.recorded)
 
     # --- text ----------------------------------------------------------------------------------------------
     @cached_property

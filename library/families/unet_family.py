@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from library.families.autoencoder_family import AutoencoderFamily, attention_kind
-from library.model_files import TEXT
+from library.model_files import TEXT, RecordedNoise, recorded_noise
 from library.objectives import DdpmConfig, DdpmObjective
 from library.sampling_spec import SamplingDefaults, SamplingSpec
+from library.schedulers import scaled_linear_schedule
 from library.text.clip import ClipTokenizer
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,11 @@ class UNetFamily(AutoencoderFamily):
     sampling_defaults = SamplingDefaults()
     uses_sizes = False  # whether the U-Net is conditioned on sizes and crops
     noise_on_cpu = False  # whether starting noise for drawing comes from the CPU, in float32
+    follows_model = False  # whether what the model says of its noise holds where no option says it (drawing)
+    _recorded: RecordedNoise | None = None
 
     # --- loading -------------------------------------------------------------------------------------------
-    def _finish_loading(self, source: Path, *, recorded_prediction: str | None) -> None:
+    def _finish_loading(self, source: Path, recorded: RecordedNoise) -> None:
         """What follows when all modules are there: checks, a warning, the choice of attention."""
         from library.models.layers import set_attention
 
@@ -43,14 +46,36 @@ class UNetFamily(AutoencoderFamily):
         if TEXT in self.parts:
             for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
                 tokenizer.check_fits(encoder, str(source))
-        self._warn_about_prediction_type(source, recorded_prediction)
+        self._recorded = recorded
+        self._tell_about_noise(source, recorded)
         set_attention(self.denoiser, self.vae, attention_kind(self.options))
 
-    def _warn_about_prediction_type(self, source: Path, recorded: str | None) -> None:
-        wanted = "v" if self.options.model.v_parameterization else "epsilon"
-        if recorded and recorded != wanted:
+    @property
+    def recorded(self) -> RecordedNoise:
+        """What the model says of its noise; before it is loaded only what can be told without reading all of it."""
+        if self._recorded is None:
+            return recorded_noise(Path(str(self.options.model.pretrained_model_name_or_path)))
+        return self._recorded
+
+    @property
+    def predicts_velocity(self) -> bool:
+        """Whether images are drawn with v-prediction: as the option says, else as the model does."""
+        is_told = self.options.model.v_parameterization
+        return is_told or (self.follows_model and self.recorded.prediction_type == "v")
+
+    def _tell_about_noise(self, source: Path, recorded: RecordedNoise) -> None:
+        """Warn where options contradict what the model says; what drawing takes from it is only told."""
+        wanted, found = "v" if self.options.model.v_parameterization else "epsilon", recorded.prediction_type
+        has_no_snr = recorded.has_zero_terminal_snr and not self.options.noise.zero_terminal_snr
+        if self.follows_model and wanted == "epsilon" and found == "v":
+            snr = " with zero terminal SNR" if recorded.has_zero_terminal_snr else ""
+            logger.info("%s says that it predicts v%s: drawn accordingly", source, snr)
+            return
+        if found and found != wanted:
             advice = "remove --v_parameterization" if wanted == "v" else "add --v_parameterization"
-            logger.warning("%s says that it predicts %s: %s?", source, recorded, advice)
+            logger.warning("%s says that it predicts %s: %s?", source, found, advice)
+        if has_no_snr and not self.follows_model:
+            logger.warning("%s says that its noise has zero terminal SNR: add --zero_terminal_snr?", source)
 
     @property
     @abstractmethod
@@ -72,10 +97,13 @@ class UNetFamily(AutoencoderFamily):
         )
 
     def sampling_spec(self) -> SamplingSpec:
-        """The DDPM table that training uses, zero terminal SNR included."""
+        """The DDPM table that training uses, zero terminal SNR included; see `follows_model`."""
+        schedule, is_velocity = self.make_objective().schedule, self.predicts_velocity
+        if self.follows_model and is_velocity and self.recorded.has_zero_terminal_snr:
+            schedule = scaled_linear_schedule(zero_terminal_snr=True)
         return SamplingSpec(
-            betas=self.make_objective().schedule.betas,
-            prediction_type="v_prediction" if self.options.model.v_parameterization else "epsilon",
+            betas=schedule.betas,
+            prediction_type="v_prediction" if is_velocity else "epsilon",
             defaults=self.sampling_defaults,
             uses_sizes=self.uses_sizes,
             noise_on_cpu=self.noise_on_cpu,

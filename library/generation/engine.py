@@ -16,7 +16,7 @@ from library.families.base import Conditioning, ModelFamily, SizeConditioning
 from library.generation.guidance import combine
 from library.generation.hooks import Drawing, HookFactory, KeepOutsideMask, StepHook, run_hooks, state_of_call
 from library.generation.pictures import load_mask, load_picture
-from library.generation.request import ImageRequest, batches
+from library.generation.request import ImageRequest, batches, embedded_guidance
 from library.generation.samplers import SAMPLERS, Start, make_sampler, start_from_image
 from library.sampling_spec import SamplingSpec
 from library.text.clip import PromptStyle
@@ -82,7 +82,10 @@ def draw_batch(
     """The images of requests with equal `batch_key`: float32 [B,3,H,W] around [-1,1]. See `draw`."""
     with evaluation_mode([family.denoiser, family.vae, *family.text_encoders]):
         latents = _denoise(family, batch, settings, device=torch.device(device), dtype=dtype)
-        return _decode(family, latents, settings.vae_batch_size)
+        pixels = _decode(family, latents, settings.vae_batch_size)
+    if not pixels.isfinite().all():
+        logger.warning("%s", broken_picture(family, latents, dtype))
+    return pixels.nan_to_num(nan=-1.0)
 
 
 def _denoise(
@@ -207,7 +210,7 @@ def _encode_pictures(
             encoded.append(family.encode_images(picture, noise.of_encoder).float())
     latents = torch.cat(encoded)
     if not latents.isfinite().all():
-        raise ValueError("The VAE gave NaN or infinite latents for an image to start from; use --no_half_vae.")
+        raise ValueError(f"The VAE gave NaN or infinite latents for an image to start from: {vae_advice(family)}")
     return latents if family.latent.cache_is_scaled else family.latent.normalize(latents)
 
 
@@ -239,8 +242,7 @@ def _guidance_rows(
         parts.append(_rows(negative, slice(len(batch), None)))
         size_parts.append(_sizes(batch, device, is_negative=True))
     tensors = {name: torch.cat([part[name] for part in parts]) for name in positive.tensors}
-    if spec.defaults.guidance_scale is not None:
-        scale = spec.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    if (scale := embedded_guidance(request, spec)) is not None:
         tensors["guidance"] = torch.full((len(batch) * len(parts),), scale)
     sizes = SizeConditioning(
         torch.cat([part.original_hw for part in size_parts]),
@@ -283,9 +285,46 @@ def _decode(family: ModelFamily, latents: Tensor, vae_batch_size: int) -> Tensor
     dtype = latents.dtype if parameter is None else parameter.dtype
     with on_device([family.vae], latents.device), torch.autocast(latents.device.type, enabled=False):
         pixels = torch.cat([family.decode_latents(rows).float() for rows in latents.to(dtype).split(vae_batch_size)])
-    if not pixels.isfinite().all():
-        logger.warning("The VAE gave NaN or infinite pixels (black in the image); --no_half_vae may help.")
-    return pixels.nan_to_num(nan=-1.0)
+    return pixels
+
+
+def broken_picture(family: ModelFamily, latents: Tensor, dtype: torch.dtype) -> str:
+    """Why a picture has NaN or infinite pixels, and what to do; `latents` were decoded, `dtype` is the denoiser's."""
+    if latents.isfinite().all():
+        return f"The VAE gave NaN or infinite pixels (black in the image): {vae_advice(family)}"
+    names = [name for name, part in _parts(family) if not _is_finite(part)]
+    if names:
+        return (
+            f"The picture is black: there are NaN or infinite weights in the {' and the '.join(names)}. The model file "
+            "or a network that was added to it is damaged: use another one."
+        )
+    advice = "compute in bfloat16 or float32" if dtype == torch.float16 else "a network's strength may be too high"
+    return f"The picture is black: the model's predictions became NaN or infinite in {_name(dtype)}; {advice}."
+
+
+def vae_advice(family: ModelFamily) -> str:
+    """What helps against NaN of the VAE: another number format, or another VAE."""
+    parameter = next(family.vae.parameters(), None)
+    if not _is_finite(family.vae):
+        return "its weights are NaN or infinite: the file is damaged, use another VAE."
+    if parameter is not None and parameter.dtype.itemsize < 4:
+        return f"it runs in {_name(parameter.dtype)}, in float32 it would not overflow ({family.wide_vae_option})."
+    return "it runs in float32 already: its latents are far outside of what it knows."
+
+
+def _parts(family: ModelFamily) -> Iterator[tuple[str, nn.Module]]:
+    yield "denoiser", family.denoiser
+    for name, encoder in zip(family.text_encoder_names, family.text_encoders, strict=False):
+        if encoder is not None:
+            yield name.replace("_", " "), encoder
+
+
+def _is_finite(module: nn.Module) -> bool:
+    return all(bool(part.isfinite().all()) for part in module.parameters() if part.dtype.itemsize > 1)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

@@ -21,6 +21,7 @@ from library.generation.attached_networks import AttachedNetworks, attach_networ
 from library.generation.engine import DrawSettings, draw
 from library.generation.request import MAX_SEED, Dialect, ImageRequest, PromptOption, parse_prompt_line
 from library.generation.writer import Writer, texts_of
+from library.options.declare import specs_of
 from library.options.errors import UserError
 from library.options.generation import AttachedNetworkOptions
 from library.options.minimal_inference import MinimalOptions
@@ -130,6 +131,25 @@ def check(options: MinimalOptions, model: MinimalModel, request: ImageRequest) -
     if problems:
         raise UserError(problems)
     _ = model.family.tokenize  # finds the tokenizers
+    for warning in without_effect(options, model, request):
+        logger.warning("%s", warning)
+
+
+def without_effect(options: MinimalOptions, model: MinimalModel, request: ImageRequest) -> Iterator[str]:
+    """What is given and changes nothing."""
+    if request.negative_prompt and not request.uses_guidance and not options.interactive:
+        yield "--negative_prompt has no effect with a --cfg_scale of 1 or less."
+    given = non_default_guidance(options)
+    if given is not None and model.family.sampling_spec().defaults.guidance_scale is None:
+        yield f"--guidance {given} has no effect: this model takes no guidance value."
+
+
+def non_default_guidance(options: Any) -> float | None:
+    """The guidance value of the command line, if it is another than the script's own."""
+    kind: Any = type(options)
+    default = next((spec.default for spec in specs_of(kind) if spec.name == "guidance"), None)
+    value = getattr(options, "guidance", None)
+    return None if value == default else value
 
 
 # --- drawing --------------------------------------------------------------------------------------------------
@@ -174,9 +194,10 @@ class MinimalDrawer:
         settings = DrawSettings(encode_prompts=encode, style=PromptStyle(), show_progress=True)
         self.networks.set_multipliers(request.network_multipliers)
         [image] = draw(model.family, request, device=self.device, dtype=self.dtype, settings=settings)
-        texts = texts_of(
-            request, model=self.model_name, networks=self.networks.described(request.network_multipliers)
-        )
+        networks = self.networks.described(request.network_multipliers)
+        texts = texts_of(request, model.family.sampling_spec(), model=self.model_name, networks=networks)
+        if encode is not None:
+            texts["second-prompt"] = asked.second_prompt or ""
         request = replace(request, output_name=time.strftime(model.file_name))
         path = self.writer.write(image, request, texts, index=0)
         logger.info("seed %s: %s", request.seed, path)

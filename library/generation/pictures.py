@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 SIZE_STEP = 32  # pictures that give an image its size are reduced to a multiple of it
 
 _EXIF_TAGS, _USER_COMMENT = 0x8769, 0x9286
-_UTF16 = b"UNICODE\0"
+_CAMERA = (0x010F, 0x0110)  # make and model
+_UTF16, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
 
 Size = tuple[int, int]  # width, height
 
@@ -35,9 +36,14 @@ def find_pictures(name: str | None, option: str) -> list[Path]:
     return files
 
 
-def reduced_size(path: Path) -> Size:
-    """(width, height) of a picture, reduced to multiples of 32. Raises ImageError, or ValueError if it is too small."""
+def reduced_size(path: Path, exact: int | None = None) -> Size:
+    """(width, height) of a picture, reduced to multiples of 32 unless both are multiples of `exact`.
+
+    Raises ImageError, or ValueError if it is too small.
+    """
     size = image_size(path)
+    if exact and not (size[0] % exact or size[1] % exact):
+        return size[0], size[1]
     width, height = (side - side % SIZE_STEP for side in size)
     if not width or not height:
         raise ValueError(f"{path} has {size[0]}x{size[1]} pixels; both sides must be at least {SIZE_STEP}.")
@@ -78,31 +84,44 @@ def exif_with_texts(texts: Mapping[str, str]) -> Image.Exif:
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """The texts in a picture file: PNG text chunks, or what `exif_with_texts` wrote. Empty if there are none."""
+    """The texts in a picture file: PNG text chunks, or EXIF's. Empty if there are none.
+
+    In EXIF: what `exif_with_texts` wrote, another program's user comment as "parameters", ComfyUI's graph as "prompt".
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            texts = {key: value for key, value in getattr(image, "text", {}).items() if isinstance(value, str)}
-            comment = image.getexif().get_ifd(_EXIF_TAGS).get(_USER_COMMENT, b"")
+            texts = {key: str(value) for key, value in getattr(image, "text", {}).items() if isinstance(value, str)}
+            exif = image.getexif()
+            camera = [exif.get(tag) for tag in _CAMERA]
+            comment = exif.get_ifd(_EXIF_TAGS).get(_USER_COMMENT, b"")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(path, f"it cannot be read as a picture ({error})") from error
-    return texts or _texts_of_comment(comment)
+    return texts or _texts_of_comment(comment) or _texts_of_camera(camera)
 
 
 def _texts_of_comment(comment: object) -> dict[str, str]:
-    if not isinstance(comment, bytes) or not comment.startswith(_UTF16):
-        return {}
+    text = _comment_text(comment)
     try:
-        texts = json.loads(comment.removeprefix(_UTF16).decode("utf-16-be"))
-    except ValueError:
-        return {}
+        texts = json.loads(text)
+    except (ValueError, RecursionError):
+        return {"parameters": text} if text else {}
     return {key: value for key, value in texts.items() if isinstance(value, str)} if isinstance(texts, dict) else {}
 
 
-def prompt_of(path: Path) -> str | None:
-    """The prompt line that a picture was drawn from (prompt and negative prompt), or None if it says nothing."""
-    texts = read_texts(path)
-    if not texts.get("prompt"):
-        return None
-    negative = texts.get("negative-prompt")
-    return texts["prompt"] + (f" --n {negative}" if negative else "")
+def _comment_text(comment: object) -> str:
+    """The text of an EXIF user comment; its first eight bytes name the encoding."""
+    if isinstance(comment, str):
+        return comment
+    if not isinstance(comment, bytes):
+        return ""
+    if comment.startswith(_UTF16):
+        both = [comment.removeprefix(_UTF16).decode(f"utf-16-{order}", errors="replace") for order in ("be", "le")]
+        return max(both, key=lambda text: sum(character < "\x80" for character in text))
+    return comment.removeprefix(_ASCII).decode("utf-8", errors="replace").strip("\0 ")
+
+
+def _texts_of_camera(texts: list[object]) -> dict[str, str]:
+    """ComfyUI writes `prompt:{...}` in place of a camera's name."""
+    pairs = (text.split(":", 1) for text in texts if isinstance(text, str) and ":" in text)
+    return {key.lower(): text for key, text in pairs}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
 from library.generation.dynamic import DynamicLine, parse_groups
+from library.generation.recorded import RecordedPrompt
 from library.generation.request import (
     GENERATION,
     NOT_YET_INLINE,
@@ -77,8 +78,12 @@ class SeedSource:
         return self.generator.randrange(SEED_RANGE)
 
 
-def read_prompt_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, without blank ones and those whose first character is '#'.
+#: a line in the prompt language, or what a picture says about itself
+Line = str | RecordedPrompt
+
+
+def read_prompt_lines(path: Path) -> list[tuple[int, str]]:
+    """(number from 1, line) of a UTF-8 text file, without blank lines and those whose first character is '#'.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -88,41 +93,66 @@ def read_prompt_lines(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--from_file {path}: the file is not UTF-8 text: {error}") from error
-    return [line for line in text.split("\n") if line.strip() and line[0] != "#"]
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip() and line[0] != "#"]
 
 
-def line_problems(lines: Iterable[str], defaults: GenerationDefaults) -> list[str]:
-    """What `plan` would refuse, one sentence per line; of random groups one draw is checked."""
+@dataclass(frozen=True)
+class LineReport:
+    """What is wrong with the lines of a list: `problems` has one sentence per line that will be skipped.
+
+    `told` are the texts of both kinds as a planner words them.
+    """
+
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    told: frozenset[str] = frozenset()
+
+
+def check_lines(lines: Iterable[Line], defaults: GenerationDefaults, places: Sequence[str] = ()) -> LineReport:
+    """What `plan` would refuse or ignore; of random groups one draw is checked. `places` name the lines."""
     single = replace(defaults, images_per_prompt=1, n_iter=1, iter_same_seed=False)
-    planner = Planner(single, SeedSource(0), warn=lambda warning: None)
-    problems = []
-    for number, line in enumerate(lines, 1):
+    problems, warnings, told = [], [], set()
+    for index, line in enumerate(lines):
+        place, heard = _place(places, index), list[str]()
         try:
-            planner.requests(line)
+            Planner(single, SeedSource(0), warn=heard.append).requests(line)
         except PromptSyntaxError as error:
-            problems.append(f"prompt {number}: {error}")
-    return problems
+            problems.append(f"{place}: {error}")
+        warnings += [f"{place}: {warning}" for warning in heard]
+        told |= {*heard, *problems[-1:]}
+    return LineReport(tuple(problems), tuple(warnings), frozenset(told))
 
 
-def plan(lines: Iterable[str], defaults: GenerationDefaults, seeds: SeedSource) -> Iterator[ImageRequest]:
+def _place(places: Sequence[str], index: int) -> str:
+    return places[index] if index < len(places) else f"prompt {index + 1}"
+
+
+def plan(
+    lines: Iterable[Line], defaults: GenerationDefaults, seeds: SeedSource,
+    *, places: Sequence[str] = (), told: frozenset[str] = frozenset(),
+) -> Iterator[ImageRequest]:
     """The images of all iterations, in order; `lines` is gone through once per iteration.
 
-    A line that cannot be understood is skipped with an error message in the log. Group the result with `batches`.
+    A line that cannot be understood is skipped with an error message in the log, unless `told` holds it already (see
+    `check_lines`). Group the result with `batches`.
     `--seed` itself is the image's seed only if `lines` has a length and the whole plan is one image.
     """
-    planner = Planner(defaults, seeds, line_count=len(lines) if isinstance(lines, Sized) else None)
+    line_count = len(lines) if isinstance(lines, Sized) else None
+    planner = Planner(defaults, seeds, line_count=line_count, told=told)
     for iteration in range(defaults.n_iter):
         if iteration:
             planner.begin_iteration()
-        numbered: Iterable[tuple[int, str]] = enumerate(lines, 1)
+        numbered: Iterable[tuple[int, Line]] = enumerate(lines)
         if defaults.shuffle_prompts:
             numbered = list(numbered)
             seeds.generator.shuffle(numbered)
-        for number, line in numbered:
+        for index, line in numbered:
             try:
                 requests = planner.requests(line)
             except PromptSyntaxError as error:
-                logger.error("prompt %d is skipped: %s", number, error)
+                problem = f"{_place(places, index)}: {error}"
+                if problem not in told:
+                    logger.error("%s; it is skipped", problem)
                 continue
             yield from requests
 
@@ -133,13 +163,17 @@ class Planner:
     def __init__(
         self, defaults: GenerationDefaults, seeds: SeedSource,
         *, line_count: int | None = None, warn: Callable[[str], None] = logger.warning,
+        told: Iterable[str] = (),
     ) -> None:
-        """`line_count`: how many lines will come in an iteration; None: nobody knows. `warn` hears a text once."""
+        """`line_count`: how many lines will come in an iteration; None: nobody knows.
+
+        `warn` hears a text once, and none of those that are `told`.
+        """
         self._defaults = defaults
         self._seeds = seeds
         self._is_only_line = line_count == 1 and defaults.n_iter == 1
         self._tell = warn
-        self._told: set[str] = set()
+        self._told: set[str] = set(told)
         self._names: set[str] = set()
         self._suffixes: dict[str, int] = {}
         if defaults.iter_same_seed and defaults.images_per_prompt > 1:
@@ -151,13 +185,15 @@ class Planner:
         self._image_index = 0
         self.iteration_seed = self._seeds.draw() if self._defaults.iter_same_seed else None
 
-    def requests(self, line: str) -> list[ImageRequest]:
+    def requests(self, line: Line) -> list[ImageRequest]:
         """The images of one line in this iteration, each with its seed.
 
         Random groups are drawn for every image from a generator seeded with that image's seed. Enumerated groups set
         the number of images, and these share one seed and one generator. Raises PromptSyntaxError; the line then
         counts no images.
         """
+        if isinstance(line, RecordedPrompt):
+            return self._recorded(line)
         line, given, warnings = cut_seeds(line)
         dynamic = parse_groups(line)
         for warning in (*warnings, *dynamic.warnings):
@@ -170,6 +206,17 @@ class Planner:
             prompts = [next(dynamic.expand(random.Random(seed))) for seed in seeds]
         understood = {prompt: self._understand(prompt) for prompt in dict.fromkeys(prompts)}
         return [self._numbered(understood[prompt], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def _recorded(self, line: RecordedPrompt) -> list[ImageRequest]:
+        """The images of what a picture says about itself: the first one has its seed."""
+        for remark in line.remarks:
+            self._warn(remark)
+        texts = {"prompt": line.prompt, "negative_prompt": line.negative_prompt, "raw_prompt": None}
+        request = self._completed(replace(self._defaults.template, **{**line.values, **texts}))
+        given = [] if line.seed is None else [line.seed]
+        count = self._defaults.images_per_prompt
+        seeds = given + [self._next_seed(count) for _ in range(count - len(given))]
+        return [self._numbered(request, seed) for seed in seeds]
 
     def _warn(self, warning: str) -> None:
         if warning not in self._told:
@@ -209,8 +256,11 @@ class Planner:
         line = parse_prompt_line(prompt, GENERATION)
         for warning in (*line.warnings, *self._useless_options(line)):
             self._warn(warning)
-        template = replace(defaults.template, raw_prompt=prompt)
-        request = line_request(line, template)
+        return self._completed(line_request(line, replace(defaults.template, raw_prompt=prompt)))
+
+    def _completed(self, request: ImageRequest) -> ImageRequest:
+        """The request with strength and multipliers. Raises PromptSyntaxError for what cannot be drawn."""
+        defaults = self._defaults
         request = replace(request, network_multipliers=self._multipliers(request))
         if defaults.init_images:
             request = replace(request, strength=DEFAULT_STRENGTH if request.strength is None else request.strength)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.generation.request import MAX_SEED, MAX_SIDE, MAX_STEPS, TRAINING_SAMPLES, ImageRequest, parse_prompt_line
+from library.generation.samplers import check_sampler
 from library.options.toml_text import decoded, parsed
 from library.sampling_spec import SamplingDefaults
+from library.text.prompt_weights import parse_weights
 
 EXTENSIONS = (".txt", ".toml", ".json")
 
@@ -32,8 +34,6 @@ _FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
 _OTHER_MODELS = ("cfg_trunc_ratio", "renorm_cfg")  # understood, meant for models that are not here
 _MINIMUM = {"width": 1, "height": 1, "seed": 0, "scale": 0, "guidance_scale": 0}
 _MAXIMUM = {"width": MAX_SIDE, "height": MAX_SIDE, "seed": MAX_SEED}
-#: an option of a text line that is none, because another white space than a blank stands before it
-_AFTER_NO_BLANK = re.compile(r"[^\S ](--[A-Za-z]\w*)")
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,17 @@ class PromptEntry:
     source: str
     content: Any
 
-    def request(self, defaults: SamplingDefaults, sampler: str) -> tuple[ImageRequest, tuple[str, ...]]:
+    def request(
+        self, defaults: SamplingDefaults, sampler: str, *, reads_weights: bool = False
+    ) -> tuple[ImageRequest, tuple[str, ...]]:
         """The image this entry asks for, and warnings about what was ignored.
 
-        Sizes are rounded down to `defaults.size_multiple`. Raises ValueError that names file and place.
+        Sizes are rounded down to `defaults.size_multiple`; with `reads_weights` the weights in the texts are checked.
+        Raises ValueError that names file and place.
         """
         if isinstance(self.content, str):
             line = parse_prompt_line(self.content, TRAINING_SAMPLES)
             values, warnings = {"prompt": line.prompt, **line.options}, line.warnings
-            warnings += tuple(
-                f"'{name}' is part of the prompt: a blank must stand before it, no tab"
-                for name in _AFTER_NO_BLANK.findall(self.content)
-            )
         elif isinstance(self.content, Mapping):
             values, warnings = dict(self.content), ()
         else:
@@ -72,9 +71,19 @@ class PromptEntry:
                 fields[name] = self._checked(key, value, types)
         if "prompt" not in fields:
             raise ValueError(f"{self.source}: the entry has no 'prompt'")
+        self._check_texts(fields, reads_weights=reads_weights)
         if "controlnet_image" in fields:
             fields["controlnet_image"] = Path(fields["controlnet_image"])
         return ImageRequest(**fields).fitted(defaults.size_multiple), tuple(f"{self.source}: {w}" for w in warnings)
+
+    def _check_texts(self, fields: Mapping[str, Any], *, reads_weights: bool) -> None:
+        try:
+            check_sampler(fields["sampler"], self.source)
+            if reads_weights:
+                for text in (fields["prompt"], fields.get("negative_prompt", "")):
+                    parse_weights(text)
+        except ValueError as error:
+            raise ValueError(str(error) if str(error).startswith(self.source) else f"{self.source}: {error}") from error
 
     def _checked(self, key: str, value: Any, types: tuple[type, ...]) -> Any:
         is_of_type = isinstance(value, types) and not isinstance(value, bool)
@@ -86,6 +95,8 @@ class PromptEntry:
                 value = float(value)
             except ValueError as error:
                 raise ValueError(f"{self.source}: 'flow_shift' is {value!r}, it must be a number") from error
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{self.source}: '{key}' is {value!r}, it must be a finite number")
         if key in _MINIMUM and value < _MINIMUM[key]:
             raise ValueError(f"{self.source}: '{key}' is {value!r}, it must be at least {_MINIMUM[key]}")
         if key in _MAXIMUM and value > _MAXIMUM[key]:

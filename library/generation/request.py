@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from library.sampling_spec import SamplingSpec
+
 MAX_STEPS = 1000
 MAX_SIDE = 16384  # pixels; sizes and crops of prompt lines
 MAX_SEED = 2**64 - 1
@@ -69,6 +71,12 @@ class ImageRequest:
             width=max(minimum, self.width - self.width % multiple),
             height=max(minimum, self.height - self.height % multiple),
         )
+
+
+def embedded_guidance(request: ImageRequest, spec: SamplingSpec) -> float | None:
+    """The guidance value that a distilled model is told; None for models that have none."""
+    default = spec.defaults.guidance_scale
+    return request.guidance_scale if default is not None and request.guidance_scale is not None else default
 
 
 def batches(requests: Iterable[ImageRequest], batch_size: int) -> Iterator[list[ImageRequest]]:
@@ -226,11 +234,12 @@ def parse_prompt_line(line: str, dialect: Dialect) -> PromptLine:
 
     The stripped line is split at " --"; the first piece is the prompt and is never read as an option. The other
     pieces are `name value` with exactly one blank between; names ignore letter case, the last of a name wins.
+    Tabs and wide blanks around a name are read as blanks, with a warning.
     Raises PromptSyntaxError for an unreadable seed list; everything else that is not understood is a warning.
     """
-    prompt, *pieces = line.strip().split(" --")
+    line, warnings = _with_plain_blanks(line.strip())
+    prompt, *pieces = line.split(" --")
     values: dict[str, Any] = {}
-    warnings: list[str] = []
     for piece in pieces:
         warning = _read_piece(piece, dialect, values)
         if warning:
@@ -241,6 +250,22 @@ def parse_prompt_line(line: str, dialect: Dialect) -> PromptLine:
 
 # up to the next option or the border of a group
 _SEED_PIECE = re.compile(r" --d (?=[\d,+])[^|{}]*?(?= --|[|{}]|\Z)", re.IGNORECASE)
+
+
+_NAME = re.compile(r"(\s)--([A-Za-z]\w*)(\s|\Z)")
+
+
+def _with_plain_blanks(line: str) -> tuple[str, list[str]]:
+    """The line with a blank for every other white space before or after the name of an option, and what to tell."""
+    warnings: list[str] = []
+
+    def plain(match: re.Match[str]) -> str:
+        blanks = match[1] + match[3]
+        if odd := blanks.replace(" ", ""):
+            warnings.append(f"'--{match[2]}': {odd[0]!r} beside the name is read as a blank")
+        return f" --{match[2]}{' ' if match[3] else ''}"
+
+    return _NAME.sub(plain, line), warnings
 
 
 def _read_piece(piece: str, dialect: Dialect, values: dict[str, Any]) -> str | None:
@@ -274,15 +299,16 @@ def cut_seeds(line: str) -> tuple[str, list[int] | None, tuple[str, ...]]:
 
     Seeds are read before groups are expanded, wherever they stand. Raises PromptSyntaxError as `parse_prompt_line`.
     """
-    line = line.strip()
+    line, warnings = _with_plain_blanks(line.strip())
     found = _SEED_PIECE.search(line)
     if found is None:
-        return line, None, ()
+        return line, None, tuple(warnings)
     values: dict[str, Any] = {}
     warning = _read_piece(found.group().removeprefix(" --").rstrip(), GENERATION, values)
+    warnings += [warning] if warning else []
     glue = " " if line[found.end() : found.end() + 1] == "{" else ""
     rest = (line[: found.start()] + glue + line[found.end() :]).strip()
-    return rest, values["seeds"], (warning,) if warning else ()
+    return rest, values["seeds"], tuple(warnings)
 
 
 # --- what a line asks for -------------------------------------------------------------------------------------

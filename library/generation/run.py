@@ -19,12 +19,22 @@ from library.generation.attached_networks import AttachedNetworks, attach_networ
 from library.generation.engine import DrawSettings, draw
 from library.generation.interactive import Preview, draw_interactively
 from library.generation.new_words import NewWords
-from library.generation.pictures import find_pictures, prompt_of, reduced_size
-from library.generation.plan import GenerationDefaults, InitImage, SeedSource, line_problems, plan, read_prompt_lines
+from library.generation.pictures import find_pictures, reduced_size
+from library.generation.plan import (
+    GenerationDefaults,
+    InitImage,
+    Line,
+    SeedSource,
+    check_lines,
+    plan,
+    read_prompt_lines,
+)
 from library.generation.prompter import load_get_prompter, prompter_requests
+from library.generation.recorded import RecordedPrompt, recorded_prompt
 from library.generation.request import SIZE_CONDITIONING, ImageRequest, batches, size_conditioning
 from library.generation.samplers import Start, make_sampler
 from library.generation.writer import Writer, texts_of
+from library.options import non_default
 from library.options.errors import UserError
 from library.options.generation import GenerationOptions
 from library.text.clip import PromptStyle
@@ -43,10 +53,10 @@ def generate(options: GenerationOptions, make_family: Callable[[GenerationOption
     _check(options, family)
     is_module = _source(options) == "from_module"
     get_prompter = load_get_prompter(Path(options.prompts.from_module or "")) if is_module else None
-    pictures = _pictures(options)
-    lines = _lines(options, pictures)
+    pictures = _pictures(options, family)
+    lines, places = _lines(options, pictures)
     defaults = _defaults(options, family, pictures)
-    _check_lines(lines, defaults)
+    told = _check_lines(lines, places, defaults)
     with only_warned():
         words = NewWords.read(options.textual_inversion, family)
         drawer = _load(options, family, words)
@@ -59,7 +69,7 @@ def generate(options: GenerationOptions, make_family: Callable[[GenerationOption
         networks = drawer.networks.networks
         drawer.draw_all(prompter_requests(get_prompter, options, family, networks, defaults, seeds))
     else:
-        drawer.draw_all(plan(lines, defaults, seeds))
+        drawer.draw_all(plan(lines, defaults, seeds, places=places, told=told))
     logger.info("images written: %d, in %s", drawer.count, options.output.outdir)
 
 
@@ -85,14 +95,14 @@ def _source(options: GenerationOptions) -> str:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures to start from with their prompts (where they are the source of prompts), and masks."""
+    """Pictures to start from, with how they were drawn (where they are the source of prompts), and masks."""
 
     init_images: tuple[InitImage, ...] = ()
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[RecordedPrompt, ...] = ()
     masks: tuple[Path, ...] = ()
 
 
-def _pictures(options: GenerationOptions) -> Pictures:
+def _pictures(options: GenerationOptions, family: ModelFamily) -> Pictures:
     """The pictures of `--image_path` and `--mask_path`, at the size of `--W` and `--H` or their own."""
     chosen, image = options.init_image, options.image
     paths, masks = find_pictures(chosen.image_path, "image_path"), find_pictures(chosen.mask_path, "mask_path")
@@ -101,28 +111,46 @@ def _pictures(options: GenerationOptions) -> Pictures:
     if paths and (image.W is None) != (image.H is None):
         logger.warning("--W and --H have no effect on --image_path unless both are given")
     wanted = (image.W, image.H) if image.W is not None and image.H is not None else None
-    prompts: list[str] = []
+    prompts: list[RecordedPrompt] = []
     if _source(options) == "image_path":
-        found = {path: prompt_of(path) for path in paths}
-        silent = [str(path) for path, prompt in found.items() if prompt is None]
-        if silent:
-            logger.warning("no prompt is in these images, they are skipped: %s", ", ".join(silent))
-        paths = [path for path in paths if found[path] is not None]
-        prompts = [found[path] or "" for path in paths]
+        found = {path: recorded_prompt(path) for path in paths}
+        paths = [path for path, record in found.items() if record is not None]
         if not paths:
-            raise ValueError("there is no prompt: give --prompt, or images in --image_path that hold theirs.")
-    init_images = [InitImage(path, *(wanted or reduced_size(path))) for path in paths]
+            raise ValueError(
+                f"--image_path {chosen.image_path}: no prompt in "
+                f"{'this picture' if len(found) == 1 else 'these pictures'} that can be read (texts of these scripts, "
+                "of A1111, plain graphs of ComfyUI); give --prompt."
+            )
+        for path in (path for path, record in found.items() if record is None):
+            logger.warning("%s: no prompt in this picture; it is skipped", path)
+        prompts = [_chosen(record, options, family) for record in found.values() if record is not None]
+    exact = family.latent.pixel_unit if prompts else None
+    init_images = [InitImage(path, *(wanted or reduced_size(path, exact))) for path in paths]
     if wanted is None and masks:
-        _check_mask_sizes(init_images, masks)
+        _check_mask_sizes(init_images, masks, exact)
     repeats = options.prompts.images_per_prompt if prompts else 1
     return Pictures(
         tuple(picture for picture in init_images for _ in range(repeats)), tuple(prompts), tuple(masks)
     )
 
 
-def _check_mask_sizes(pictures: list[InitImage], masks: list[Path]) -> None:
+def _chosen(record: RecordedPrompt, options: GenerationOptions, family: ModelFamily) -> RecordedPrompt:
+    """The record without what the command line says otherwise, and without a sampler that the model cannot have."""
+    given = non_default(options)
+    values = {name: value for name, value in record.values.items() if name not in given}
+    seed, remarks = None if "seed" in given else record.seed, record.remarks
+    if "sampler" in values:
+        try:
+            make_sampler(values["sampler"], family.sampling_spec(), values.get("steps", options.image.steps), (1, 1))
+        except ValueError as error:
+            remarks = (*remarks, f"{error}; {options.image.sampler} takes its place")
+            del values["sampler"]
+    return replace(record, values=values, seed=seed, remarks=remarks)
+
+
+def _check_mask_sizes(pictures: list[InitImage], masks: list[Path], exact: int | None) -> None:
     """Raise ValueError unless pictures and the masks that go with them have one size."""
-    sizes = [reduced_size(mask) for mask in masks]
+    sizes = [reduced_size(mask, exact) for mask in masks]
     for index in range(math.lcm(len(pictures), len(masks))):
         picture, size = pictures[index % len(pictures)], sizes[index % len(masks)]
         if (picture.width, picture.height) != size:
@@ -132,22 +160,33 @@ def _check_mask_sizes(pictures: list[InitImage], masks: list[Path]) -> None:
             )
 
 
-def _lines(options: GenerationOptions, pictures: Pictures) -> list[str]:
-    """All prompt lines; empty when they come one by one (`--interactive`, `--from_module`)."""
+def _lines(options: GenerationOptions, pictures: Pictures) -> tuple[list[Line], list[str]]:
+    """All prompt lines and where each stands; empty when they come one by one (`--interactive`, `--from_module`)."""
     source, prompts = _source(options), options.prompts
     if source == "from_file":
-        lines = read_prompt_lines(Path(prompts.from_file or ""))
-        if not lines:
+        numbered = read_prompt_lines(Path(prompts.from_file or ""))
+        if not numbered:
             raise ValueError(f"--from_file {prompts.from_file}: there is no prompt in the file.")
-        return lines
-    return {"prompt": [prompts.prompt or ""], "image_path": list(pictures.prompts)}.get(source, [])
+        return [line for _, line in numbered], [f"{prompts.from_file}, line {number}" for number, _ in numbered]
+    if source == "image_path":
+        repeats = options.prompts.images_per_prompt
+        return list(pictures.prompts), [str(picture.path) for picture in pictures.init_images[::repeats]]
+    return ([prompts.prompt or ""], ["--prompt"]) if source == "prompt" else ([], [])
 
 
-def _check_lines(lines: list[str], defaults: GenerationDefaults) -> None:
-    """Raise UserError if no line can be drawn; single ones are told of, and skipped, when it is their turn."""
-    problems = line_problems(lines, defaults)
-    if problems and len(problems) == len(lines):
-        raise UserError(problems)
+def _check_lines(lines: list[Line], places: list[str], defaults: GenerationDefaults) -> frozenset[str]:
+    """Tell of every line that will be skipped or has a part that is ignored. Raise UserError if none can be drawn.
+
+    Returns what need not be told again.
+    """
+    report = check_lines(lines, defaults, places)
+    if report.problems and len(report.problems) == len(lines):
+        raise UserError(list(report.problems))
+    for problem in report.problems:
+        logger.error("%s; it is skipped", problem)
+    for warning in report.warnings:
+        logger.warning("%s", warning)
+    return report.told
 
 
 def _defaults(options: GenerationOptions, family: ModelFamily, pictures: Pictures) -> GenerationDefaults:
@@ -207,7 +246,7 @@ class Drawer:
             )
             networks = self.networks.described(multipliers)
             for index, (image, request) in enumerate(zip(images, batch, strict=True)):
-                texts = texts_of(request, model=self.model_name, networks=networks)
+                texts = texts_of(request, self.family.sampling_spec(), model=self.model_name, networks=networks)
                 path = self.writer.write(image, request, texts, index=index)
                 logger.info("seed %s: %s", request.seed, path)
                 self.count += 1

@@ -83,6 +83,11 @@ def check_sampler(name: str, origin: str) -> None:
         raise ValueError(f"{origin}: there is no sampler '{name}'. Choose one of {', '.join(SAMPLERS)}")
 
 
+def sampler_name(name: str, spec: SamplingSpec) -> str:
+    """What really draws when `name` is asked for: rectified flow is always followed in Euler steps."""
+    return name if spec.flow_sigmas is None else "euler"
+
+
 @dataclass(frozen=True)
 class Start:
     """Where sampling begins: its first step, and how noisy the image is that it starts from."""
@@ -115,7 +120,8 @@ def make_sampler(
     check_sampler(name, "sampler")
     # Runge-Kutta steps cannot begin in the middle, and need a fourth step to go on from
     changes: dict[str, Any] = {"skip_prk_steps": True} if name == "pndm" and (start.first_step or steps < 4) else {}
-    if start.zero_offset and "steps_offset" in SAMPLERS[name].arguments:
+    takes_all = spec.betas is not None and steps >= len(spec.betas)  # no timestep is left above the last one
+    if (start.zero_offset or takes_all) and "steps_offset" in SAMPLERS[name].arguments:
         changes["steps_offset"] = 0
     return DiffusersSampler(_make_scheduler(name, spec, changes), steps, device, start.first_step)
 
@@ -130,6 +136,8 @@ def _make_scheduler(name: str, spec: SamplingSpec, changes: Mapping[str, Any]) -
             able = [other for other, choice in SAMPLERS.items() if _knows_zero_terminal_snr(_constructor(choice))]
             raise ValueError(f"sampler '{name}' cannot start from zero terminal SNR. Choose one of {', '.join(able)}")
         arguments["rescale_betas_zero_snr"] = True  # does not move betas that are rescaled already
+        if spec.prediction_type == "v_prediction":  # a prediction of noise says nothing at the last step
+            arguments["timestep_spacing"] = "trailing"  # begins at the last step (Lin et al. 2023, section 3.3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers would like to drop the algorithm "dpmsolver"
         return constructor(num_train_timesteps=len(betas), **arguments)

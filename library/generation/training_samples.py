@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,10 @@ import torch
 from library.families.base import ModelFamily
 from library.generation.engine import DrawSettings, Predict, draw, prompts_of
 from library.generation.kept_prompts import KeptPrompts
-from library.generation.prompt_file import PromptEntry, check_prompt_file, read_prompt_file
+from library.generation.prompt_file import PromptEntry, read_prompt_file
 from library.generation.request import ImageRequest
 from library.generation.samplers import check_sampler
 from library.sampling_spec import SamplingDefaults
-from library.text.prompt_weights import parse_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +34,10 @@ _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def sampling_problems(options: Options) -> list[str]:
-    """What is wrong with the sampling options and the prompt file, one sentence each; loads nothing."""
+    """What is wrong with the sampling options and the prompt file, one sentence each; loads nothing.
+
+    Single prompts that cannot be drawn are a problem only if no other is left; see `sampling_warnings`.
+    """
     sampling = options.sampling
     problems = []
     for name in ("sample_every_n_steps", "sample_every_n_epochs"):
@@ -48,53 +50,45 @@ def sampling_problems(options: Options) -> list[str]:
         return [*problems, "Sample images need a file with prompts: give --sample_prompts (.txt, .toml or .json)"]
     try:
         check_sampler(sampling.sample_sampler, "--sample_sampler")
-        check_prompt_file(Path(sampling.sample_prompts))
-        reports = [_report(entry, sampling.sample_sampler) for entry in read_prompt_file(Path(sampling.sample_prompts))]
+        entries = read_prompt_file(Path(sampling.sample_prompts))
     except (ValueError, OSError) as error:
         return [*problems, str(error)]
-    if reports and all(report.reason for report in reports):
-        problems += [f"--sample_prompts: {report.reason}" for report in reports[:10]]
-    return problems
+    wrong = [text for entry in entries for text in _told_of(entry, options)[0]]
+    return problems + (wrong if len(wrong) == len(entries) else [])
 
 
-@dataclass(frozen=True)
-class _Report:
-    """What was ignored in a prompt of the file, and why it cannot be drawn, if so."""
+def sampling_warnings(options: Options, family: ModelFamily) -> list[str]:
+    """What will be skipped or ignored of the prompt file, one sentence each; loads nothing.
 
-    warnings: tuple[str, ...] = ()
-    reason: str | None = None
-
-
-def _report(entry: PromptEntry, sampler: str, *, reads_weights: bool = False) -> _Report:
-    warnings: tuple[str, ...] = ()
-    try:
-        request, warnings = entry.request(SamplingDefaults(), sampler)
-        check_sampler(request.sampler, entry.source)
-        for text in (request.prompt, request.negative_prompt) if reads_weights else ():
-            parse_weights(text)
-    except ValueError as error:
-        reason = str(error)
-        return _Report(warnings, reason if reason.startswith(entry.source) else f"{entry.source}: {reason}")
-    return _Report(warnings)
-
-
-def prompt_warnings(options: Options, *, reads_weights: bool) -> tuple[str, ...]:
-    """What is ignored in the prompt file, and which of its prompts will be skipped; empty if no images are wanted.
-
-    `reads_weights`: whether the model takes `(words:1.2)`, so that a bad weight keeps a prompt from being drawn.
+    For options without `sampling_problems`.
     """
-    sampling = options.sampling
-    if not wants_samples(options) or not sampling.sample_prompts:
-        return ()
-    path = Path(sampling.sample_prompts)
-    reports = [_report(entry, sampling.sample_sampler, reads_weights=reads_weights) for entry in read_prompt_file(path)]
-    if not reports:
-        return (f"--sample_prompts {path} has no prompts yet: no sample images are drawn until it has.",)
-    return tuple(
-        text
-        for report in reports
-        for text in (*report.warnings, *([f"Sample image skipped: {report.reason}"] if report.reason else ()))
-    )
+    if not wants_samples(options) or not options.sampling.sample_prompts:
+        return []
+    told = [_told_of(entry, options, family) for entry in read_prompt_file(Path(options.sampling.sample_prompts))]
+    return [text for problems, warnings in told for text in (*(f"{one}; it is skipped" for one in problems), *warnings)]
+
+
+def _told_of(
+    entry: PromptEntry, options: Options, family: ModelFamily | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(problems, warnings) of one prompt; without a family only what all of them have in common."""
+    try:
+        return (), understand(entry, options, family, SamplingDefaults())[1]
+    except ValueError as error:
+        return (str(error),), ()
+
+
+def understand(
+    entry: PromptEntry, options: Options, family: ModelFamily | None, defaults: SamplingDefaults
+) -> tuple[ImageRequest, tuple[str, ...]]:
+    """The image that an entry asks for, and warnings about what is ignored. Raises ValueError that names the place."""
+    sampler = options.sampling.sample_sampler
+    reads_weights = family is not None and family.reads_prompt_weights
+    request, warnings = entry.request(defaults, sampler, reads_weights=reads_weights)
+    reason = "" if family is None else family.without_effect.get("sample_sampler", "")
+    if reason and request.sampler != sampler:
+        warnings += (f"{entry.source}: the sampler '{request.sampler}' has no effect: {reason}",)
+    return request, warnings
 
 
 def wants_samples(options: Options) -> bool:
@@ -109,13 +103,14 @@ class TrainingSampler:
     The prompt file is read anew each time. Process p of P draws prompts p, p + P, ... A prompt that cannot be drawn
     is skipped with a warning. `predict_for` replaces the family's own forward pass (ControlNet); a ValueError from
     it skips the prompt too. `prompt_text` gives the text that stands for a prompt (new words of several vectors).
+    Warnings that are `told` are not repeated.
     Raises ValueError for the problems that `sampling_problems` lists.
     """
 
     def __init__(
         self, options: Options, *, accelerator: Accelerator,
         predict_for: Callable[[ImageRequest], Predict | None] | None = None,
-        prompt_text: Callable[[str], str] = str,
+        prompt_text: Callable[[str], str] = str, told: Iterable[str] = (),
     ) -> None:
         problems = sampling_problems(options)
         if problems:
@@ -124,7 +119,7 @@ class TrainingSampler:
         self._accelerator = accelerator
         self._settings = DrawSettings(predict_for=predict_for)
         self._prompt_text = prompt_text
-        self._warned: set[str] = set()
+        self._warned: set[str] = set(told)
 
     def prepare(self, family: ModelFamily, released: Sequence[bool]) -> None:
         """Encode all prompts now, as long as the text encoders that will be `released` are there.
@@ -184,7 +179,7 @@ class TrainingSampler:
     def _request(self, family: ModelFamily, entry: PromptEntry) -> tuple[ImageRequest, tuple[str, ...]]:
         """The image an entry asks for in this run, and warnings about what was ignored."""
         options = self._options
-        request, warnings = entry.request(family.sampling_spec().defaults, options.sampling.sample_sampler)
+        request, warnings = understand(entry, options, family, family.sampling_spec().defaults)
         request = replace(
             request, prompt=self._prompt_text(request.prompt),
             negative_prompt=self._prompt_text(request.negative_prompt), clip_skip=options.model.clip_skip,

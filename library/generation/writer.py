@@ -15,7 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from library.checkpoints.tensors import atomic_write
 from library.generation.pictures import exif_with_texts
 from library.generation.plan import safe_output_path
-from library.generation.request import ImageRequest
+from library.generation.request import ImageRequest, embedded_guidance
+from library.generation.samplers import sampler_name
+from library.sampling_spec import SamplingSpec
 
 logger = logging.getLogger(__name__)
 
@@ -91,24 +93,45 @@ def save_image(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None
         image.save(file, kind or Image.registered_extensions()[path.suffix.lower()], **extra)
 
 
-def texts_of(request: ImageRequest, *, model: str, networks: str) -> dict[str, str]:
-    """What a file records about its image: key -> text. `model` is a name, `networks` what `described` gives."""
+def texts_of(request: ImageRequest, spec: SamplingSpec, *, model: str, networks: str) -> dict[str, str]:
+    """What a file records about its image: key -> text. `model` is a name, `networks` what `described` gives.
+
+    What had no part in the image (a negative prompt without guidance, another sampler than the flow's) is not recorded.
+    """
+    is_guided = request.uses_guidance
     texts = {
         "prompt": request.prompt,
         "seed": str(request.seed),
-        "sampler": request.sampler,
+        "sampler": sampler_name(request.sampler, spec),
         "steps": str(request.steps),
         "scale": str(request.scale),
-        "negative-prompt": request.negative_prompt,
+        "negative-prompt": request.negative_prompt if is_guided else "",
         "size": f"{request.width}x{request.height}",
         "model": model,
     }
     optional = {
-        "negative-scale": request.negative_scale,
+        "guidance": embedded_guidance(request, spec),
+        "negative-scale": request.negative_scale if is_guided else None,
+        "flow-shift": request.flow_shift if spec.flow_sigmas is not None else None,
+        "clip-skip": request.clip_skip,
         "clip-prompt": request.clip_prompt,
         "strength": request.strength,
         "raw-prompt": request.raw_prompt,
         "networks": networks or None,
         "init-image": request.init_image.name if request.init_image else None,
+        "mask-image": request.mask_image.name if request.mask_image else None,
+        "control-image": request.controlnet_image.name if request.controlnet_image else None,
+        **(_size_texts(request) if spec.uses_sizes else {}),
     }
     return texts | {key: str(value) for key, value in optional.items() if value is not None}
+
+
+def _size_texts(request: ImageRequest) -> dict[str, int]:
+    """The sizes that a model is conditioned on."""
+    original = request.original_size_hw or (request.height, request.width)
+    negative = request.negative_original_size_hw or original
+    return {
+        "original-height": original[0], "original-width": original[1],
+        "original-height-negative": negative[0], "original-width-negative": negative[1],
+        "crop-top": request.crop_top_left[0], "crop-left": request.crop_top_left[1],
+    }  # fmt: skip

@@ -69,7 +69,6 @@ PROBLEMS: tuple[Check, ...] = (
 WARNINGS: tuple[Check, ...] = (
     Check("pretrained_model_name_or_path", "library.preflight.model_files:warnings"),
     Check("cache_latents_to_disk", "library.preflight.outputs:cache_warnings"),
-    _heavy("sample_prompts", "library.preflight.prompts:warnings"),
 )
 
 
