@@ -196,7 +196,9 @@ def _changes(node: ast.AST, place: Place, defaults: Mapping[str, Any]) -> Iterat
 
 def _is_read_from_record(node: ast.Attribute, place: Place) -> bool:
     """Whether the attribute may be an option: it is read, not called, and no name of a package."""
-    return isinstance(node.ctx, ast.Load) and place.field != "func" and name_of(node.value) not in ("torch", "os", "cls")
+    return (
+        isinstance(node.ctx, ast.Load) and place.field != "func" and name_of(node.value) not in ("torch", "os", "cls")
+    )
 
 
 def _of_operators(node: ast.AST, place: Place) -> Iterator[Change]:

@@ -348,8 +348,10 @@ def main() -> None:
     parser.add_argument("--at", metavar="FILE:LINE", help="every mutant of this line")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     arguments = parser.parse_args()
-    os.environ |= {name: os.environ.get(name, value) for name, value in
-                   {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items()}
+    os.environ |= {
+        name: os.environ.get(name, value)
+        for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items()
+    }
     for name in ("map", "to", "only"):
         if getattr(arguments, name) is not None:
             setattr(arguments, name, getattr(arguments, name).resolve())
@@ -375,7 +377,9 @@ def main() -> None:
 def take_back(path: Path, mutants: Sequence[Mutant], found: TestMap, distrusted: set[str]) -> set[Any]:
     """Mutants that only a test noticed that also fails without them; such tests join `distrusted`."""
     keys = {key_of(mutant) for mutant in mutants}
-    noticed = [result for result in read_results(path) if key_of(result.mutant) in keys and result.outcome in found.tests]
+    noticed = [
+        result for result in read_results(path) if key_of(result.mutant) in keys and result.outcome in found.tests
+    ]
     new = failing_without_mutant(sorted({result.outcome for result in noticed})) - distrusted if noticed else set()
     distrusted |= new
     for name in sorted(new):

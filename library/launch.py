@@ -204,13 +204,20 @@ def check(script: Script, command_line: CommandLine) -> CommandLine:
     problems += unsupported(command_line.options, script.options.not_yet)
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
-    warnings = command_line.warnings + checked.warnings
+    warnings = command_line.warnings + checked.warnings + tuple(_unused_data(script, checked.options))
     return replace(command_line, options=checked.options, warnings=warnings)
 
 
 def data_kinds(kinds: SupportedKinds, options: Any) -> SupportedKinds:
     """The kinds of datasets that a script accepts; mask images come with `--masked_loss`."""
     return replace(kinds, controlnet=kinds.controlnet or options.dataset.masked_loss)
+
+
+def _unused_data(script: Script, options: Any) -> Iterator[str]:
+    """What is given about the data and not looked at."""
+    if script.data is not None and options.dataset.conditioning_data_dir:
+        if not data_kinds(script.data, options).controlnet:
+            yield "--conditioning_data_dir has no effect: this script trains without conditioning images."
 
 
 def _data_problems(kinds: SupportedKinds, options: Any) -> Sequence[str]:

@@ -44,7 +44,9 @@ def messages(*words: object, also: tuple[object, ...] = ()) -> Case:
 
 
 SHUFFLED = ("--shuffle_caption",)
-BUCKETS = ("--enable_bucket", "--min_bucket_reso", 64, "--max_bucket_reso", 128)
+LARGER = ("--resolution", 128)
+SINGLE = ("--train_batch_size", 1, *LARGER)
+BUCKETS = ("--enable_bucket", "--min_bucket_reso", 64, "--max_bucket_reso", 128, *LARGER)
 BF16 = ("--mixed_precision", "bf16")
 STEPS4 = ("--max_train_steps", 4)
 EVERY_STEP = (*STEPS4, "--save_every_n_steps", 1)
@@ -53,7 +55,6 @@ PROMPTS = ("--sample_prompts", "{data}/prompts.txt")
 LOGS = ("--logging_dir", "{data}/logs")
 V = ("--v_parameterization",)
 OFFSET = ("--noise_offset", 0.5)
-MASKS = ("--masked_loss",)
 REGULAR = ("--reg_data_dir", "{data}/reg")
 CACHED_TEXT = ("--cache_text_encoder_outputs",)
 UNET_ONLY = ("--network_train_unet_only",)
@@ -78,7 +79,7 @@ CASES: dict[str, Case] = {
     "clip_g": Case(NEEDED),
     "model_type": Case(REFUSED, ("chroma",)),
     "t5xxl_max_token_length": numbers(40),
-    "apply_t5_attn_mask": numbers(), "apply_lg_attn_mask": numbers(),
+    "apply_t5_attn_mask": numbers(also=("--t5xxl_max_token_length", 100)), "apply_lg_attn_mask": numbers(),
     "clip_l_dropout_rate": numbers(1), "clip_g_dropout_rate": numbers(1), "t5_dropout_rate": numbers(1),
     "t5xxl_device": Case(REFUSED, ("cpu",)), "t5xxl_dtype": numbers("bf16"),
     "save_clip": files(), "save_t5xxl": files(),
@@ -86,10 +87,10 @@ CASES: dict[str, Case] = {
     "dataset_config": numbers("{data}/other.toml"),
     "train_data_dir": Case(NEEDED),
     "in_json": numbers("{data}/metadata.json", "--train_data_dir", "{data}/plain"),
-    "dataset_repeats": messages(2),
+    "dataset_repeats": messages(2, also=("--in_json", "{data}/metadata.json", "--train_data_dir", "{data}/plain")),
     "dataset_class": numbers("tests.picture_folder.PictureFolder", "--train_data_dir", "{data}/plain"),
     "reg_data_dir": numbers("{data}/reg"), "prior_loss_weight": numbers(0.1, also=REGULAR),
-    "train_batch_size": numbers(1), "resolution": numbers(128),
+    "train_batch_size": numbers(1, also=LARGER), "resolution": numbers(128),
     "cache_info": files(),
     "debug_dataset": files(),
     "shuffle_caption": numbers(), "caption_separator": numbers(";", also=SHUFFLED),
@@ -103,12 +104,11 @@ CASES: dict[str, Case] = {
     "color_aug": numbers(), "flip_aug": numbers(), "random_crop": numbers(),
     "face_crop_aug_range": numbers("1.1,1.5", also=("--train_data_dir", "{data}/faces")),
     "alpha_mask": numbers(), "masked_loss": numbers(also=("--conditioning_data_dir", "{data}/hints")),
-    "conditioning_data_dir": numbers("{data}/hints", also=MASKS),
-    "enable_bucket": numbers("--min_bucket_reso", 64),
+    "conditioning_data_dir": numbers("{data}/hints"),
+    "enable_bucket": numbers("--min_bucket_reso", 64, also=LARGER),
     "min_bucket_reso": numbers(128, also=("--enable_bucket",)),
-    "max_bucket_reso": numbers(256, also=("--enable_bucket", "--min_bucket_reso", 64, "--resolution", 128,
-                                          "--bucket_reso_steps", 64)),
-    "bucket_reso_steps": numbers(32, also=BUCKETS), "bucket_no_upscale": numbers(also=(*BUCKETS, "--resolution", 128)),
+    "max_bucket_reso": numbers(512, also=BUCKETS),
+    "bucket_reso_steps": numbers(32, also=BUCKETS), "bucket_no_upscale": numbers(also=BUCKETS),
     "resize_interpolation": numbers("nearest"),
     "max_data_loader_n_workers": same(1), "persistent_data_loader_workers": same(),
     # --- caches ---------------------------------------------------------------------------------------------
@@ -137,10 +137,10 @@ CASES: dict[str, Case] = {
     "metadata_thumbnail": metadata("data:image/png;base64,AA=="),
     # --- how long, how -------------------------------------------------------------------------------------
     "max_train_steps": numbers(1), "max_train_epochs": numbers(1), "seed": numbers(5),
-    "gradient_checkpointing": same(), "gradient_accumulation_steps": numbers(2, also=("--train_batch_size", 1)),
+    "gradient_checkpointing": same(), "gradient_accumulation_steps": numbers(2, also=SINGLE),
     "cpu_offload_checkpointing": same(also=("--gradient_checkpointing",)),
     "initial_step": messages(1), "initial_epoch": messages(2),
-    "skip_until_initial_step": numbers(also=("--initial_step", 1)),
+    "skip_until_initial_step": numbers(also=("--initial_step", 1, *SINGLE)),
     "lowram": same(), "highvram": same(),
     # --- optimizer and schedule -----------------------------------------------------------------------------
     "optimizer_type": numbers("Lion"), "use_8bit_adam": numbers(), "use_lion_optimizer": numbers(),
@@ -149,12 +149,12 @@ CASES: dict[str, Case] = {
     "lr_scheduler_type": numbers("CosineAnnealingLR", "--lr_scheduler_args", "T_max=2"),
     "lr_scheduler_args": numbers("T_max=5", also=("--lr_scheduler_type", "CosineAnnealingLR")),
     "lr_scheduler": numbers("linear"), "lr_warmup_steps": numbers(2, also=("--lr_scheduler", "linear")),
-    "lr_decay_steps": numbers(1, also=("--lr_scheduler", "warmup_stable_decay", *STEPS4)),
+    "lr_decay_steps": numbers(3, also=("--lr_scheduler", "warmup_stable_decay", *STEPS4)),
     "lr_scheduler_num_cycles": numbers(2, also=("--lr_scheduler", "cosine_with_restarts", *STEPS4)),
     "lr_scheduler_power": numbers(3, also=("--lr_scheduler", "polynomial")),
     "lr_scheduler_timescale": numbers(50, also=("--lr_scheduler", "inverse_sqrt")),
     "lr_scheduler_min_lr_ratio": numbers(0.5, also=("--lr_scheduler", "cosine_with_min_lr")),
-    "fused_backward_pass": Case(MESSAGES, (), ADAFACTOR),
+    "fused_backward_pass": same(also=(*ADAFACTOR, "--max_grad_norm", 0)),
     "fused_optimizer_groups": same(2, also=("--max_grad_norm", 0)),
     "blockwise_fused_optimizers": same(also=("--max_grad_norm", 0)),
     "learning_rate_te": numbers("3e-3", also=TEXT_TOO), "learning_rate_te1": numbers("3e-3", also=TEXT_TOO),
@@ -169,7 +169,7 @@ CASES: dict[str, Case] = {
     "huber_schedule": numbers("constant", also=("--loss_type", "huber")),
     "huber_c": numbers(0.5, also=("--loss_type", "huber", "--huber_schedule", "constant")),
     "huber_scale": numbers(3, also=("--loss_type", "huber", "--huber_schedule", "constant")),
-    "min_snr_gamma": numbers(0.5), "scale_v_pred_loss_like_noise_pred": numbers(also=V),
+    "min_snr_gamma": numbers(0.01), "scale_v_pred_loss_like_noise_pred": numbers(also=V),
     "v_pred_like_loss": numbers(0.5), "debiased_estimation_loss": numbers(),
     "noise_offset": numbers(0.5), "noise_offset_random_strength": numbers(also=OFFSET),
     "multires_noise_iterations": numbers(3), "multires_noise_discount": numbers(
@@ -188,7 +188,7 @@ CASES: dict[str, Case] = {
     # --- sample pictures ------------------------------------------------------------------------------------
     "sample_every_n_steps": files(1, also=PROMPTS), "sample_every_n_epochs": files(1, also=PROMPTS),
     "sample_at_first": files(also=PROMPTS), "sample_prompts": files("{data}/prompts.txt", "--sample_at_first"),
-    "sample_sampler": messages("euler_a", also=(*PROMPTS, "--sample_at_first")),
+    "sample_sampler": files("euler_a", also=(*PROMPTS, "--sample_at_first")),
     # --- number formats, attention, devices -----------------------------------------------------------------
     "mixed_precision": numbers("bf16"), "full_fp16": Case(REFUSED), "full_bf16": numbers(also=BF16),
     "fp8_base": numbers(also=BF16), "fp8_base_unet": numbers(also=BF16),
@@ -201,7 +201,7 @@ CASES: dict[str, Case] = {
     "log_prefix": files("mine_", also=LOGS), "log_tracker_name": files("mine", also=LOGS),
     "log_tracker_config": same("{data}/tracker.toml", also=LOGS), "log_config": files(also=LOGS),
     "wandb_run_name": Case(REFUSED, ("mine",)), "wandb_api_key": Case(REFUSED, ("x",)),
-    "console_log_level": messages("ERROR"), "console_log_file": files("{data}/logs/console.txt"),
+    "console_log_level": messages("ERROR"), "console_log_file": files("{data}/console.txt"),
     "console_log_simple": messages(),
     "config_file": numbers("{data}/config.toml"), "output_config": files(also=("--config_file", "{data}/written.toml")),
     # --- not with other programs yet ------------------------------------------------------------------------

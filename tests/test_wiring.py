@@ -94,7 +94,9 @@ def test_the_input_perturbation_of_flow_models_is_read() -> None:
 
 @pytest.mark.parametrize("name", ["skip_cache_check", "cache_latents_to_disk", "vae_batch_size", "highvram"])
 def test_every_option_of_a_latent_cache_is_handed_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    field = {"cache_latents_to_disk": "to_disk", "skip_cache_check": "skip_check", "highvram": "high_vram"}.get(name, name)
+    field = {"cache_latents_to_disk": "to_disk", "skip_cache_check": "skip_check", "highvram": "high_vram"}.get(
+        name, name
+    )
     value = 4 if name == "vae_batch_size" else True
     assert getattr(latent_choices(sd_family(**{name: value}).options, monkeypatch), field) == value
     assert getattr(CacheOptions(), field) != value
@@ -129,9 +131,7 @@ def test_every_option_of_a_text_cache_is_handed_on(monkeypatch: pytest.MonkeyPat
     family = flux_family(**SHORT, cache_text_encoder_outputs_to_disk=True, skip_cache_check=True,
                          text_encoder_batch_size=3)  # fmt: skip
     caching.fill_text_caches(family.options, family, family.tokenize, [], Accelerator(cpu=True))  # type: ignore[arg-type]
-    assert asked == [
-        TextCacheOptions(to_disk=True, batch_size=3, skip_check=True, encoders=family.text_identity)
-    ]
+    assert asked == [TextCacheOptions(to_disk=True, batch_size=3, skip_check=True, encoders=family.text_identity)]
 
 
 # --- number formats --------------------------------------------------------------------------------------------
