@@ -56,7 +56,8 @@ DEFAULT_FILES = (
 #: what is imported before the first fork: everything heavy that is not ours
 PRELOADED = (
     "numpy", "PIL.Image", "torch", "torch.utils.data", "torch.utils.tensorboard", "torch._dynamo", "safetensors.torch",
-    "accelerate", "diffusers", "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition",
+    "accelerate", "diffusers", "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
     "transformers", "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip",
     "transformers.models.t5.modeling_t5", "transformers.optimization", "cv2", "bitsandbytes", "lycoris", "hypothesis",
 )  # fmt: skip

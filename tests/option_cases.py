@@ -223,7 +223,9 @@ CASES: dict[str, Case] = {
     "network_dropout": numbers(0.5), "network_args": numbers("rank_dropout=0.5"),
     "network_train_unet_only": numbers(), "network_train_text_encoder_only": numbers(),
     "network_weights": numbers("{data}/state/{script}/run.safetensors"),
-    "dim_from_weights": numbers(also=("--network_dim", 8, "--network_weights", "{data}/state/{script}/run.safetensors")),
+    "dim_from_weights": numbers(
+        also=("--network_dim", 8, "--network_weights", "{data}/state/{script}/run.safetensors")
+    ),
     "scale_weight_norms": numbers("1e-4"),
     "base_weights": numbers("{data}/state/{script}/run.safetensors"),
     "base_weights_multiplier": numbers(30, also=("--base_weights", "{data}/state/{script}/run.safetensors")),

@@ -88,7 +88,7 @@ def test_two_processes_equal_one_that_accumulates_their_batches(tmp_path):
     config = write_config(tmp_path, photos, subset="num_repeats = 2")  # an even number of batches: none is repeated
     config.write_text(config.read_text().replace("batch_size = 2", "batch_size = 1"))
     (tmp_path / "fixed.py").write_text(FIXED_NOISE)
-    common = ["--dataset_config", config, "--lr_scheduler", "linear", "--lr_warmup_steps", "1"]
+    common = ["--dataset_config", config, "--lr_scheduler", "linear"]
     train(*common, "--cache_latents_to_disk", "--max_train_steps", "1", output_dir=tmp_path / "caches")
     train_with_processes(1, tmp_path / "fixed.py", tmp_path / "one", *common, "--max_train_steps", "6",
                          "--gradient_accumulation_steps", "2")

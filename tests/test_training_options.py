@@ -212,7 +212,7 @@ def make_pictures(folder: Path) -> None:
     for name in ("train/1_mychar", "plain", "hints", "reg/1_thing", "faces/1_mychar"):
         (folder / name).mkdir(parents=True)
     metadata = {}
-    for name, size in (("a", (160, 64)), ("b", (80, 96))):
+    for name, size in (("a", (160, 64)), ("b", (80, 130))):
         with Image.open(FOLDER / "dataset" / f"{name}1.png") as opened:
             picture = opened.convert("RGB").resize(size)
         picture.putalpha(picture.convert("L").point(lambda level: 255 if level > 100 else 60))
