@@ -249,6 +249,7 @@ def check(script: Script, command_line: CommandLine) -> CommandLine:
     warnings = command_line.warnings + checked.warnings
     hints: tuple[str, ...] = ()
     if script.data is not None:
+        warnings += tuple(_unused_data(script, checked.options))
         data_problems, hints = _data_problems(script.data, checked.options)
         problems += data_problems
     problems += unsupported(command_line.options, script.options.not_yet)
@@ -262,6 +263,13 @@ def check(script: Script, command_line: CommandLine) -> CommandLine:
 def data_kinds(kinds: SupportedKinds, options: Any) -> SupportedKinds:
     """The kinds of datasets that a script accepts; mask images come with `--masked_loss`."""
     return replace(kinds, controlnet=kinds.controlnet or options.dataset.masked_loss)
+
+
+def _unused_data(script: Script, options: Any) -> Iterator[str]:
+    """What is given about the data and not looked at."""
+    if script.data is not None and options.dataset.conditioning_data_dir:
+        if not data_kinds(script.data, options).controlnet:
+            yield "--conditioning_data_dir has no effect: this script trains without conditioning images."
 
 
 def _data_problems(kinds: SupportedKinds, options: Any) -> tuple[Sequence[str], tuple[str, ...]]:

@@ -159,6 +159,12 @@ def test_exact_size_beats_a_nearer_earlier_ratio() -> None:
     assert buckets.choose_bucket((300, 600), [(256, 512), (512, 1024)]) == (256, 512)
 
 
+def test_the_nearest_bucket_is_that_of_the_nearest_ratio_not_of_the_nearest_factor() -> None:
+    # 1.45 is 0.45 from 1 and 0.55 from 2, but a factor of 1.45 from 1 and of 1.38 from 2
+    assert buckets.choose_bucket((1450, 1000), [(512, 512), (1024, 512)]) == (512, 512)
+    assert buckets.choose_bucket((1550, 1000), [(512, 512), (1024, 512)]) == (1024, 512)
+
+
 def test_tiny_image_without_upscaling_is_refused_with_its_size() -> None:
     with pytest.raises(ValueError, match="63x200.*bucket_reso_steps = 64"):
         Bucketing((512, 512), enabled=True, no_upscale=True).place((63, 200))

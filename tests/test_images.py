@@ -254,6 +254,15 @@ def test_face_crop_scales_the_face_into_the_range() -> None:
     assert (exact[..., 0] > 127).sum() == pytest.approx(50 * 50, rel=0.05)
 
 
+def test_face_crop_finds_the_face_in_the_scaled_image() -> None:
+    pixels = np.zeros((800, 1200, 3), np.uint8)
+    pixels[150:250, 850:950] = 255  # a face of 100x100 around (900, 200): not in the middle
+    crop = FaceCrop(4.0, 4.0, is_random=False)  # the window is four faces wide: the image shrinks to a half
+    cut = crop(pixels, Face((900, 200), (100, 100)), (200, 200), random.Random(0))
+    ys, xs = np.nonzero(cut[..., 0] > 127)
+    assert (round(xs.mean()), round(ys.mean())) == (100, 100)
+
+
 def test_face_crop_refuses_images_smaller_than_the_target() -> None:
     with pytest.raises(ValueError, match="50x50.*smaller than the resolution 100x100"):
         FaceCrop(1.0, 2.0, is_random=False)(noise(50, 50), Face((25, 25), (10, 10)), (100, 100), random.Random(0))

@@ -83,6 +83,27 @@ def test_cached_batches_hold_what_the_encoder_made(
     assert flips == {True, False}
 
 
+def one_sided(images: Tensor) -> Tensor:
+    """A convolution that is not its own mirror image: what it makes of a mirrored picture is no mirrored latent."""
+    kernel = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    return torch.nn.functional.conv2d(images.float(), kernel, stride=8)
+
+
+@pytest.mark.parametrize("options", [DISK, MEMORY], ids=["disk", "memory"])
+def test_a_mirrored_picture_is_encoded_mirrored_not_its_latents(pictures: list[Path], options: CacheOptions) -> None:
+    target = group(pictures[:1], SubsetConfig(flip_aug=True))
+    pixels = target.datasets[0].sample_maker.pixels(target.datasets[0].records[0])[..., :3].astype(np.float32)
+    image = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
+    cache(target, options, encode=one_sided)
+    seen = set()
+    for epoch in range(1, 12):
+        [batch] = batches(target, epoch)
+        wanted = one_sided(image.flip(-1) if batch.flippeds[0] else image)
+        assert torch.allclose(batch.latents, wanted, atol=1e-4)
+        seen.add(batch.flippeds[0])
+    assert seen == {True, False}
+
+
 def test_file_name_keys_and_types(pictures: list[Path]) -> None:
     target = group(pictures[2:3], SubsetConfig(flip_aug=True, alpha_mask=True))
     cache(target)

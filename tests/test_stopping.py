@@ -17,7 +17,7 @@ from library.options.errors import RunFailed
 from library.training_state import Position
 from tests.golden import FOLDER
 from tests.test_full_training import make_run, steps
-from tests.test_processes import run_two_processes
+from tests.test_processes import run_processes
 from tests.training import PHOTOS, clean_process, train, write_config
 
 SAVING = ("--cache_latents", "--save_every_n_steps", "3", "--save_last_n_steps", "1", "--save_state")
@@ -150,7 +150,8 @@ def test_a_gradient_scaler_may_skip_steps_but_not_for_ever():
 def test_two_processes_stop_together(tmp_path):
     photos = Path(shutil.copytree(PHOTOS, tmp_path / "photos"))
     config = write_config(tmp_path, photos)
-    result = run_two_processes(
+    result = run_processes(
+        2, "train_network.py",
         tmp_path / "out",
         "--dataset_config",
         config,
