@@ -28,6 +28,7 @@ from library.config_sources import (
     warn_about_ignored_options,
 )
 from library.config_validation import CheckedDataset, Validator, Values
+from library.options.dataset import DatasetOptions
 
 if TYPE_CHECKING:
     from library.data.records import ImageRecord
@@ -95,6 +96,8 @@ def load_data_config(
         validator.problems += _subset_problems(dataset, from_file=bool(path))
     if validator.problems:
         raise ConfigError(validator.problems)
+    if path:
+        _warn_about_overruled(dataset_options, general, checked, source)
     for dataset in datasets:
         _warn(dataset)
     return DataConfig(tuple(_align_bucket_range(dataset) for dataset in datasets), source, from_file=bool(path))
@@ -147,6 +150,23 @@ def _changed_values(subset: SubsetConfig) -> dict[str, Any]:
     if not subset.validation_split:
         del values["validation_seed"]
     return {name: value for name, value in values.items() if (value or None) != (getattr(default, name) or None)}
+
+
+def _warn_about_overruled(options: Any, general: Values, checked: list[CheckedDataset], source: str) -> None:
+    """One warning for the given options that all datasets, or all subsets, of the file set otherwise."""
+    default = DatasetOptions()
+    overruled = []
+    for name, key in KEYS.items():
+        given = getattr(options, key.option, None) if key.option else None
+        if given is None or given == getattr(default, key.option or "", None):
+            continue
+        layers = [{**general, **entry.values} for entry in checked]
+        if name not in DATASET_KEYS:
+            layers = [{**layer, **own} for layer, entry in zip(layers, checked, strict=True) for own in entry.subsets]
+        if layers and all(layer.get(name) not in (None, given) for layer in layers):
+            overruled.append(f"--{key.option}")
+    if overruled:
+        logger.warning("%s has no effect: %s sets it, which counts", ", ".join(overruled), source)
 
 
 def _option_values(options: Any) -> dict[str, Any]:

@@ -24,9 +24,12 @@ from tests.sdxl_tiny import MODEL as SDXL
 from tests.training import MODEL, PHOTOS, TOKENIZERS
 
 FOLDER = Path(__file__).parent / "data" / "real_commands"
-_PARTS = {"argv": r"# argv",
-          "config": r"# (the file named by --config_file|the TOML:|(training_config|config|default)\.toml)",
-          "dataset": r"# dataset(_config)?\.toml", "prompts": r"# the prompt file"}  # fmt: skip
+_PARTS = {
+    "argv": r"# argv",
+    "config": r"# (the file named by --config_file|the TOML:|(training_config|config|default)\.toml)",
+    "dataset": r"# dataset(_config)?\.toml",
+    "prompts": r"# the prompt file",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def small_run(name: str, folder: Path, **changes: Any) -> list[str]:
         path.write_text("".join(_lines(content)), "utf-8")
         words += ["--config_file", str(path)]
     if any(word.startswith("--dataset_config") for word in sent.words):
-        content = sent.dataset or {"datasets": [{"resolution": 64, "subsets": [{"image_dir": ""}]}]}
+        content = sent.dataset or {"datasets": [{"resolution": 128, "subsets": [{"image_dir": ""}]}]}
         words += ["--dataset_config", str(_small_dataset(content, folder))]
     elif "min_bucket_reso" not in _flat(sent.config) and "--min_bucket_reso" not in words:
         words += ["--min_bucket_reso", "64"]
@@ -103,14 +106,14 @@ def _replacements(folder: Path, sent: ClientFile) -> dict[str, Callable[[Any], A
         "logging_dir": folder / "logs", "sample_prompts": prompts, "train_data_dir": folder / "data",
         "reg_data_dir": folder / "reg", "train_batch_size": 2, "max_train_steps": 2, "max_train_epochs": None,
         "max_data_loader_n_workers": 0, "mixed_precision": "bf16", "bucket_reso_steps": 64, "min_bucket_reso": 64,
-        "max_bucket_reso": 128, "config_file": None, "dataset_config": None, **FLUX_FILES,
+        "max_bucket_reso": 256, "config_file": None, "dataset_config": None, **FLUX_FILES,
     }  # fmt: skip
     _photos(folder / "data" / "4_photos")
     _photos(folder / "reg" / "1_photo")
     replace: dict[str, Callable[[Any], Any]] = {
         name: (lambda old, value=value: value if old != "" else old) for name, value in values.items()
     }
-    replace["resolution"] = lambda _: "64,64"
+    replace["resolution"] = lambda _: "128,128"
     return replace
 
 
@@ -156,7 +159,7 @@ def _lines(table: dict[str, Any]) -> list[str]:
 
 def _small_dataset(content: dict[str, Any], folder: Path) -> Path:
     """The dataset file with small sizes and the photographs."""
-    sizes = {"resolution": 64, "min_bucket_reso": 64, "max_bucket_reso": 128}
+    sizes = {"resolution": 128, "min_bucket_reso": 64, "max_bucket_reso": 256}
     path = folder / "dataset.toml"
 
     def level(table: dict[str, Any]) -> str:

@@ -30,7 +30,8 @@ FILES: dict[str, tuple[list[str], dict[str, Any]]] = {
     ),
     "08_kohya_gui_dreambooth_sd15.txt": ([], {}),
     "10_kohya_gui_ti_sd15.txt": ([], {}),
-    "13_fluxgym_12G.txt": ([FP8, SPLIT], {"fp8_base": None, "split_mode": None}),
+    # and, once these work, its `--network_args train_blocks=single` stops it
+    "13_fluxgym_12G.txt": ([FP8, SPLIT], {"fp8_base": None, "split_mode": None, "network_args": None}),
     "15_hollowstrawberry_colab_xl.txt": ([], {}),
     "16_hollowstrawberry_colab_sd15_wrapper.txt": ([], {}),
     "19_lora_scripts_gui_flux.txt": ([FP8], {"fp8_base": None}),

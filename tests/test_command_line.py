@@ -21,12 +21,10 @@ import pytest
 import train_network
 from library import launch, logs, tool_launch
 from library.config_util import SupportedKinds
-from library.options import Options, make_options, non_default
+from library.options import Options, non_default
 from library.options.console import ConsoleOptions
 from library.options.errors import UserError
 from library.options.family_scripts import SCRIPTS
-from library.options.generation import GenerationOptions
-from library.options.not_yet import GENERATION_NOT_YET, unsupported
 from networks import merge_lora
 from tests.test_cli_parity import SCRIPTS as ENTRY_SCRIPTS
 from tests.test_cli_parity import TRAINING
@@ -426,8 +424,8 @@ def test_warnings_that_may_explain_an_error_are_shown_with_it(
 def test_a_file_of_options_is_read_as_programs_write_it(arguments: list[str]) -> None:
     Path("c.toml").write_text(
         'persistent_data_loader_workers = 0\ncache_latents = 1\ngradient_checkpointing = "true"\n'
-        'no_half_vae = "False"\n'
-        'vae = ""\nreg_data_dir = ""\nlr_scheduler_args = []\nnetwork_args = [""]\nclip_skip = "2"\nseed = "7.0"\n'
+        'no_half_vae = "False"\nvae = ""\nreg_data_dir = ""\nlr_scheduler_args = []\nnetwork_args = [""]\n'
+        'clip_skip = "2"\nseed = "7.0"\n'
         'learning_rate = "1e-4"\ntext_encoder_lr = "1e-5 2e-5"\nunet_lr = "1e-4"\noutput_name = 2024\n'
         'max_token_length = 75\ndynamo_backend = "no"\nnoise_offset = false\nmultires_noise_discount = 0\n'
         'save_precision = "None"\nlog_with = "none"\nmin_snr_gamma = "None"\nsave_n_epoch_ratio = 0\n'
@@ -454,40 +452,7 @@ def test_an_empty_word_on_the_command_line_takes_back_what_the_file_says(argumen
     assert (options.model.max_token_length, options.logging.log_with) == (None, None)
 
 
-# --- what does not work yet ----------------------------------------------------------------------------------
-def test_a_part_of_a_feature_that_is_off_asks_for_nothing() -> None:
-    off = make_options(
-        wandb_run_name="x", wandb_api_key="x", dynamo_backend="eager", huggingface_repo_type="model",
-        huggingface_token="x", huggingface_repo_visibility="public", async_upload=True, save_state_to_huggingface=True,
-        resume_from_huggingface=True, zero_stage=3, offload_optimizer_device="cpu", validate_every_n_steps=0,
-        validate_every_n_epochs=1, max_validation_steps=5, validation_seed=1, validation_split=0, blocks_to_swap=0,
-        double_blocks_to_swap=0, log_with="tensorboard",
-    )  # fmt: skip
-    assert unsupported(off) == []
-    on = make_options(
-        wandb_run_name="x", log_with="all", huggingface_repo_id="a/b", async_upload=True, resume="s",
-        resume_from_huggingface=True, deepspeed=True, zero_stage=3, validation_split=0.1, validation_seed=1,
-        torch_compile=True, dynamo_backend="eager", blocks_to_swap=1, fp8_base=True,
-    )  # fmt: skip
-    assert sorted(text.split(":")[0] for text in unsupported(on)) == [
-        "--blocks_to_swap", "--deepspeed", "--fp8_base", "--huggingface_repo_id", "--log_with",
-        "--resume_from_huggingface", "--torch_compile", "--validation_split",
-    ]  # fmt: skip
-
-
-def test_a_part_of_a_drawing_feature_that_is_off_asks_for_nothing() -> None:
-    off = GenerationOptions().with_values(
-        highres_fix_steps=10, highres_fix_save_1st=True, ds_ratio=0.3, ds_depth_2=3, gradual_latent_ratio=0.4,
-        vgg16_guidance_layer=4, clip_guidance_scale=0.0, control_net_ratios=(1.0,), guide_image_path=("x.png",),
-        noise_offset_range=(0.0, 0.1), pyramid_noise_discount_range=(0.1, 0.2), clip_vision_strength=0.0,
-    )  # fmt: skip
-    assert unsupported(off, GENERATION_NOT_YET) == []
-    on = off.with_values(highres_fix_scale=0.5, ds_depth_1=0, gradual_latent_timesteps=700, control_net_models=("a",))
-    assert [text.split(":")[0] for text in unsupported(on, GENERATION_NOT_YET)] == [
-        "--control_net_models", "--highres_fix_scale", "--ds_depth_1", "--gradual_latent_timesteps",
-    ]  # fmt: skip
-
-
+# --- what does not work yet -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("level", ["general", "dataset", "subset"])
 def test_a_validation_split_in_a_dataset_file_is_refused(
     capsys: pytest.CaptureFixture[str], arguments: list[str], level: str

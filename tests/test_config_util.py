@@ -14,6 +14,7 @@ from library.config_schema import DATASET_KEYS, SUBSET_KEYS
 from library.config_util import ConfigError, DataConfig, SupportedKinds, describe, load_data_config
 from library.data.records import ImageRecord
 from library.options import make_options
+from library.options.dataset import DatasetOptions
 
 ALL = SupportedKinds(controlnet=True)
 BUCKETS = json.loads((Path(__file__).parent / "data" / "buckets.json").read_text(encoding="utf-8"))
@@ -569,3 +570,14 @@ def test_unreadable_text_is_answered_with_its_line(folder: Path, name: str, cont
     [problem] = caught.value.problems
     assert problem.startswith(name)
     assert expected in problem
+
+
+def test_an_option_that_the_dataset_file_overrules_is_named(tmp_path, caplog):
+    path = tmp_path / "data.toml"
+    subset = f"[[datasets.subsets]]\nimage_dir = {str(tmp_path)!r}\n"
+    general = "[general]\nresolution = 64\nflip_aug = true\n"
+    path.write_text(f"{general}[[datasets]]\n{subset}keep_tokens = 2\n{subset}", "utf-8")
+    given = DatasetOptions(dataset_config=path, resolution=(128, 128), keep_tokens=1, flip_aug=True, train_batch_size=2)
+    load_data_config(given, SupportedKinds(), bucket_step=64)
+    [message] = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
+    assert message == f"--resolution has no effect: {path} sets it, which counts"

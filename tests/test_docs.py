@@ -18,7 +18,7 @@ from library.generation.request import GENERATION, TRAINING_SAMPLES
 from library.launch import Script, read_command_line, resolve
 from library.options.declare import specs_of
 from library.options.not_yet import unsupported
-from library.options.toml_file import nearest
+from library.options.suggestions import nearest
 from library.tool_launch import Tool
 from library.tool_launch import parse as parse_tool
 
