@@ -60,7 +60,7 @@ def limited() -> Iterator[None]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Small sound files of every kind."""
     folder = tmp_path_factory.mktemp("sound")
-    lora = write_lora(folder / "lora.safetensors", tiny_model(), 1, conv_dim="2")
+    lora = write_lora(folder / "lora.safetensors", tiny_model(), 1, rank=2)
     save_file({"emb_params": torch.ones(2, 32)}, folder / "word.safetensors")
     stored = load_tensors(MODEL)
     prefix = "first_stage_model."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from library.checkpoints.finite import non_finite, only_warned
 from library.checkpoints.folders import read_config
 from library.checkpoints.recognition import UNET_PREFIX
 from library.families import drawn
+from library.generation.attached_networks import attach_networks
 from library.model_util import LoadSpec, load_model
 from library.models.vae import load_vae
+from library.options.generation import AttachedNetworkOptions
+from networks import contract, merge_lora
 from networks.weights_file import load_network_file
 from tests.damage import join, split
 from tests.golden import FOLDER
+from tests.lora_files import tiny_family, tiny_model
 from tests.training import MODEL
 
 MODELS = FOLDER / "models"
@@ -260,6 +265,35 @@ def test_an_embedding_with_nan_is_refused_by_name(tmp_path):
     torch.save({"string_to_param": {"*": torch.tensor([[1.0, float("inf")]])}}, tmp_path / "word.pt")
     with pytest.raises(ValueError, match=r"word\.pt is spoilt: NaN or infinite numbers in \* \(1\)"):
         read_embeddings(tmp_path / "word.pt", ["x"])
+
+
+def test_a_network_with_nan_is_refused_by_training_and_merging_and_drawn_with_a_warning(tmp_path, caplog):
+    stored, name = load_file(MODELS / "sd1_lora_start.safetensors"), "lora_unet_mid_block_attentions_0_proj_in"
+    key = f"{name}.lora_down.weight"
+    path = tmp_path / "lora.safetensors"
+    save_file({**stored, key: spoilt(stored[key], 3), "other.x": torch.tensor(float("nan"))}, path)
+    model, message = tiny_model(), rf"lora\.safetensors is spoilt: NaN or infinite numbers in {key} \(3\)\."
+    models = contract.HostModels(model.vae, model.text_encoder, model.unet)
+    network, _ = contract.create_for_generation("networks.lora", path, models)
+    with pytest.raises(ValueError, match=message):
+        contract.load_weights(network, path)
+    with pytest.raises(ValueError, match=message):
+        contract.merge_base_weights("networks.lora", path, 1.0, models, dtype=None, device="cpu")
+    del stored[key]
+    save_file({**stored, key: spoilt(load_file(path)[key], 3)}, path)
+    options = merge_lora.MergeOptions(models=(str(path),), ratios=(1.0,), save_to=str(tmp_path / "merged.safetensors"))
+    for into_model in (None, str(MODEL)):
+        with pytest.raises(ValueError, match=message):
+            merge_lora.merge(replace(options, sd_model=into_model))
+    assert not (tmp_path / "merged.safetensors").exists()
+    caplog.clear()
+    attached = AttachedNetworkOptions(network_module=("networks.lora",), network_weights=(str(path),))
+    for options in (attached, replace(attached, network_merge=True)):
+        caplog.clear()
+        with only_warned():
+            attach_networks(options, tiny_family(), device="cpu", dtype=torch.float32)
+        [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert "lora.safetensors is spoilt, expect black or broken pictures: NaN or infinite numbers in" in warning
 
 
 # --- extra keys ------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_an_allowed_function_can_be_called_but_not_changed(tmp_path):
 
 
 def test_no_other_encoding_than_that_of_numbers_is_looked_up(tmp_path):
-    content = state_with(b"c_codecs\nencode\n(" + _text("x") + _text("punycode") + b"tR", 2)
+    content = state_with(b"cos\nsystem\n0c_codecs\nencode\n(" + _text("x") + _text("punycode") + b"tR", 2)
     with pytest.raises(ValueError, match="punycode"):
         load_pickle(write(tmp_path / "x.pt", content, is_zip=True))
 

@@ -164,8 +164,9 @@ def load_pickle(path: str | Path, *, entry: str = "state_dict") -> PickledCheckp
         raise ValueError(f"{path}: its {entry!r} is a {_origin(state)}, not a dictionary of tensors.")
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
-        if isinstance(value, DiscardedObject) or isinstance(key, DiscardedObject):
-            raise ValueError(f"{path}: {key} is a {_origin(value)}; only tensors and plain containers are allowed.")
+        foreign = next((part for part in (value, key) if _is_foreign(part)), None)
+        if foreign is not None:
+            raise ValueError(f"{path}: {key} is a {_origin(foreign)}; only tensors and plain containers are allowed.")
         if isinstance(value, Tensor):
             tensors[str(key)] = value.detach()
     if discarded:
@@ -180,5 +181,10 @@ def _integer(value: Any) -> int | None:
     return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def _is_foreign(value: Any) -> bool:
+    """Whether a value stands for an object, a class or a function that was discarded."""
+    return isinstance(value, DiscardedObject) or (isinstance(value, type) and issubclass(value, DiscardedObject))
+
+
 def _origin(value: Any) -> str:
-    return value.origin if isinstance(value, DiscardedObject) else type(value).__name__
+    return str(value.origin) if _is_foreign(value) else type(value).__name__
