@@ -259,8 +259,8 @@ def main(script: Script, argv: Sequence[str] | None = None) -> None:
 def exit_status(name: str) -> Iterator[None]:
     """What is done inside ends the process the way users of the script `name` expect.
 
-    A user's mistake prints one line per mistake, then the warnings that may explain them, and exits with status 2, an interrupt with 130, a termination
-    with 143; any other failure leaves as the exception that it is (status 1).
+    A user's mistake prints one line per mistake, then the warnings that may explain them, and exits with status 2, an
+    interrupt with 130, a termination with 143; any other failure leaves as the exception that it is (status 1).
     """
     try:
         with _termination_as_exit():
