@@ -103,13 +103,20 @@ def make_accelerator(options: Options, started_at: float) -> Accelerator:
             kwargs_handlers=handlers,
             dynamo_backend="no",
         )
-    except ValueError as error:
-        if device.mixed_precision == "fp16" and accelerate.PartialState().device.type == "cpu":
-            raise UserError("--mixed_precision fp16 needs a GPU, and none is found here: use bf16 or no.") from error
+    except ValueError:
+        if accelerate.PartialState().device.type == "cpu":
+            _refuse_fp16(options)
         raise
+    if accelerator.device.type == "cpu":
+        _refuse_fp16(options)
     if device.full_fp16 and accelerator.scaler is not None:
         _allow_unscaling_half_gradients(accelerator.scaler)
     return accelerator
+
+
+def _refuse_fp16(options: Options) -> None:
+    if options.device.mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16 needs a GPU, and none is used here: give bf16 or no.")
 
 
 def _allow_unscaling_half_gradients(scaler: Any) -> None:

@@ -69,7 +69,7 @@ def test_a_backslash_that_made_another_letter_is_found(value: str) -> None:
 
 
 def test_what_is_right_is_read() -> None:
-    text = "a = 'C:\\new'\nb = \"C:\\\\new\"\nc = \"\"\"two\nlines\"\"\"\n"
+    text = 'a = \'C:\\new\'\nb = "C:\\\\new"\nc = """two\nlines"""\n'
     assert parsed(text) == {"a": "C:\\new", "b": "C:\\new", "c": "two\nlines"}
     assert decoded("\ufeffä".encode()) == "ä"
 

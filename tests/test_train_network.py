@@ -245,8 +245,10 @@ def test_the_environment_of_a_launcher_changes_no_run(photos, tmp_path, monkeypa
     assert caplog.text.count("ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not used") == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
-def test_fp16_without_a_gpu_is_one_line(photos, tmp_path, capsys):
+@pytest.mark.parametrize("use_cpu", ["", "true"])
+def test_fp16_without_a_gpu_is_one_line(use_cpu, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = write_config(tmp_path, photos)
     with pytest.raises(SystemExit) as stop:
         train("--dataset_config", config, "--mixed_precision", "fp16", output_dir=tmp_path)

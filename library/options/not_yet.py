@@ -38,9 +38,7 @@ class NotYet:
 
 def _rows(group: type, reason: str, *switches: str) -> dict[str, NotYet]:
     """A row for every option of a group; all but the switches are parts of them."""
-    return {
-        spec.name: NotYet(reason, part_of=() if spec.name in switches else switches) for spec in specs_of(group)
-    }
+    return {spec.name: NotYet(reason, part_of=() if spec.name in switches else switches) for spec in specs_of(group)}
 
 
 _NO_SWAP = "swapping blocks with main memory is not supported yet"
