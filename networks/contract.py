@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 BUILT_IN = "networks.lora"
 Network = Any  # an nn.Module with the methods above
+#: mark of a network that was made with the values of its file
+_FILLED = "holds_its_file"
 _INSTALL_HINTS = {"lycoris": "pip install lycoris-lora"}
 
 
@@ -122,7 +124,7 @@ def create(request: NetworkRequest, models: HostModels) -> Network:
         return _created(network, request.module, "these options")
     if request.dropout is not None:
         logger.warning("--network_dropout has no effect together with --dim_from_weights")
-    with _naming("--network_weights", request.weights):
+    with _naming("--network_weights", request.weights, is_built_in=_is_built_in(module)):
         network, weights = module.create_network_from_weights(
             1, str(request.weights), models.vae, models.text_encoder, models.unet, **arguments
         )
@@ -135,7 +137,7 @@ def create_for_generation(
 ) -> tuple[Network, dict[str, Tensor]]:
     """(network, its weights) of a file; load the weights after `apply`, or merge them."""
     module = import_network_module(module_name)
-    with _naming("--network_weights", path):
+    with _naming("--network_weights", path, is_built_in=_is_built_in(module)):
         network, weights = module.create_network_from_weights(
             multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True,
             **(arguments or {}),
@@ -159,7 +161,7 @@ def merge_base_weights(
 ) -> None:
     """Merge a network file into the model before training (`--base_weights`)."""
     module = import_network_module(module_name)
-    with _naming("--base_weights", path):
+    with _naming("--base_weights", path, is_built_in=_is_built_in(module)):
         network, weights = module.create_network_from_weights(
             multiplier, str(path), models.vae, models.text_encoder, models.unet, for_inference=True
         )
@@ -177,6 +179,8 @@ def _created(
         raise ValueError(f"--network_module {module_name} made no network from {source}.")
     if weights and not getattr(network, "unet_loras", True):
         check_denoiser_fits({key.partition(".")[0] for key in weights}, ())
+    if weights and _holds(network, weights):
+        setattr(network, _FILLED, True)
     return network
 
 
@@ -202,13 +206,35 @@ def _look_for_nan(network: Network, path: str | Path) -> None:
     check_finite(str(path), tensors)
 
 
+def _holds(network: Network, weights: Mapping[str, Any]) -> bool:
+    """Whether a network that was made from a file has the file's values already (LyCORIS', under whatever names).
+
+    Loading them again would count them twice where an algorithm trains whole weights.
+    """
+    modules = (*getattr(network, "text_encoder_loras", ()), *getattr(network, "unet_loras", ()))
+    own = {module.lora_name: [parameter.detach() for parameter in module.parameters()] for module in modules}
+    values = {key: value for key, value in weights.items() if isinstance(value, Tensor) and value.dim() > 0}
+    return bool(own and values) and all(
+        any(value.shape == one.shape and torch.equal(value.to(one), one) for one in own.get(key.partition(".")[0], ()))
+        for key, value in values.items()
+    )
+
+
+def _is_built_in(module: ModuleType) -> bool:
+    return module.__name__.startswith("networks.")
+
+
 @contextmanager
-def _naming(option: str, path: str | Path) -> Iterator[None]:
+def _naming(option: str, path: str | Path, *, is_built_in: bool = True) -> Iterator[None]:
     """Errors about a file name it and its option. Raises FileNotFoundError without the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{option}: {path} does not exist.")
     try:
         yield
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+        if is_built_in:
+            raise
+        raise ValueError(f"{option} {path}: the network module cannot use this file ({error}).") from error
     except ValueError as error:
         raise ValueError(f"{option}: {error}" if str(path) in str(error) else f"{option} {path}: {error}") from error
 
@@ -235,6 +261,8 @@ def load_weights(network: Network, path: str | Path) -> Any:
 
     Raises ValueError if nothing in the file fits the network, or nothing of its part for the denoiser.
     """
+    if getattr(network, _FILLED, False):
+        return {}
     with _naming("--network_weights", path):
         _look_for_nan(network, path)
         report = network.load_weights(str(path))

@@ -127,4 +127,4 @@ def test_refusals_name_the_option_before_the_model_loads(tmp_path, capsys):
     other = FOLDER / "models" / "sd1_lora_start.safetensors"
     wrong = FOLDER / "models" / "t5xxl_tiny.safetensors"
     assert "it is no network for this model" in refusal(capsys, tmp_path, "--lora_weights", wrong)
-    assert "none of its layers" in refusal(capsys, tmp_path, "--lora_weights", other)
+    assert "it is no network for this model" in refusal(capsys, tmp_path, "--lora_weights", other)

@@ -405,3 +405,53 @@ def test_files_without_metadata_and_missing_files(capsys, tmp_path) -> None:
     (tmp_path / "broken.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:-1])
     [line] = failure(capsys, show_metadata.TOOL, "--model", tmp_path / "broken.safetensors")
     assert "broken.safetensors is incomplete" in line
+
+
+# --- families --------------------------------------------------------------------------------------------------
+SDXL_KEY = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"
+
+
+def lora_file(path: Path, *modules: str, metadata: dict[str, str] | None = None) -> Path:
+    """A LoRA of rank 2 with ones for layers of width 4."""
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 4) for name in modules}
+    save_file(tensors | {f"{name}.lora_up.weight": torch.ones(4, 2) for name in modules}, path, metadata or {})
+    return path
+
+
+@pytest.mark.parametrize(("modules", "module", "version", "architecture"), [
+    ([SDXL_KEY, "lora_te2_text_model_encoder_layers_0_mlp_fc1"], "lora", "sdxl_base_v1-0",
+     "stable-diffusion-xl-v1-base"),
+    (["lora_unet_joint_blocks_0_x_block_attn_proj"], "lora_sd3", "medium", "stable-diffusion-3-medium"),
+    (["lora_unet_single_blocks_0_linear2"], "lora_flux", "flux1", "flux-1-dev"),
+])  # fmt: skip
+def test_every_family_is_merged_and_recorded(modules, module, version, architecture, tmp_path) -> None:
+    path, out = lora_file(tmp_path / "a.safetensors", *modules), tmp_path / "out.safetensors"
+    merge("--models", path, path, "--ratios", "0.5", "1", "--concat", "--save_to", out)
+    metadata = metadata_of(out)
+    assert metadata["ss_network_module"] == f"networks.{module}"
+    assert metadata["ss_base_model_version"] == version
+    assert metadata["modelspec.architecture"] == f"{architecture}/lora"
+    assert {key.partition(".")[0] for key in load_file(out)} == set(modules)
+
+
+def test_two_namings_become_one(tmp_path) -> None:
+    text = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"
+    other = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+    theirs = lora_file(tmp_path / "theirs.safetensors", other, text)
+    ours = lora_file(tmp_path / "ours.safetensors", SDXL_KEY)
+    out = tmp_path / "out.safetensors"
+    merge("--models", ours, theirs, "--ratios", "1", "0.5", "--concat", "--save_to", out)
+    merged = changes(out)
+    assert set(merged) == {SDXL_KEY, "lora_te2_text_model_encoder_layers_0_mlp_fc1"}
+    assert torch.allclose(merged[SDXL_KEY], torch.full((4, 4), 3.0, dtype=merged[SDXL_KEY].dtype))
+
+
+def test_families_are_not_mixed_nor_merged_into_another_model(capsys, tmp_path) -> None:
+    sdxl = lora_file(tmp_path / "xl.safetensors", SDXL_KEY)
+    flux = lora_file(tmp_path / "fl.safetensors", "lora_unet_single_blocks_0_linear2")
+    out = tmp_path / "out.safetensors"
+    [line] = failure(capsys, merge_lora.TOOL, "--models", sdxl, flux, "--ratios", "1", "1", "--save_to", out)
+    assert "xl.safetensors is for SDXL" in line and "fl.safetensors is for FLUX.1" in line
+    [line] = failure(capsys, merge_lora.TOOL, "--sd_model", MODEL, "--models", flux, "--ratios", "1", "--save_to", out)
+    assert "--sd_model" in line and "fl.safetensors is a LoRA for FLUX.1" in line
+    assert not out.exists()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from library.checkpoints.finite import only_warned
-from library.checkpoints.tensors import open_tensors
+from library.checkpoints.tensors import open_tensors, shapes_of
 from library.devices import preferred_device
 from library.families.minimal import OPTION, MinimalModel
 from library.generation.attached_networks import AttachedNetworks, attach_networks
@@ -26,6 +26,7 @@ from library.options.errors import UserError
 from library.options.generation import AttachedNetworkOptions
 from library.options.minimal_inference import MinimalOptions
 from library.text.clip import PromptStyle
+from networks.recognition import FAMILIES, describe
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +102,15 @@ def network_module(path: str, modules: Mapping[str, str]) -> str:
     """The module that reads a network file, by how its keys begin. Raises FileNotFoundError or ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"--lora_weights: there is no file {path}.")
-    keys = list(open_tensors(path))
-    for prefix, module in modules.items():
-        if any(key.startswith(prefix) for key in keys):
-            return module
-    raise ValueError(
-        f"--lora_weights {path}: its keys (first: {keys[0] if keys else 'none'}) begin with none of "
-        f"{', '.join(modules)}: it is no network for this model."
-    )
+    shapes = shapes_of(open_tensors(path))
+    module = next((modules[prefix] for prefix in modules if any(key.startswith(prefix) for key in shapes)), None)
+    kind = describe(shapes, shapes)
+    if module is None or not kind.is_network:
+        first = next(iter(shapes), "none")
+        raise ValueError(f"--lora_weights {path} (first key: {first}): it is no network for this model.")
+    if kind.family and FAMILIES[kind.family].module != module:
+        raise ValueError(f"--lora_weights {path} is {kind.label}: it is no network for this model. {kind.advice}")
+    return module
 
 
 def check(options: MinimalOptions, model: MinimalModel, request: ImageRequest) -> None:
