@@ -236,6 +236,8 @@ def _naming(option: str, path: str | Path, *, is_built_in: bool = True) -> Itera
             raise
         raise ValueError(f"{option} {path}: the network module cannot use this file ({error}).") from error
     except ValueError as error:
+        if str(error).startswith(option):
+            raise
         raise ValueError(f"{option}: {error}" if str(path) in str(error) else f"{option} {path}: {error}") from error
 
 
