@@ -33,7 +33,9 @@ KINDS = (
     SupportedKinds(caption_dropout=False),
 )  # fmt: skip
 #: what a message must have beside the file: a key path, an option, a line, or a repeated key
-PLACE = re.compile(r"datasets|general|line \d+|--\w+|repeated key: \S|: '?[^ ]+'?: extra keys not allowed")
+PLACE = re.compile(
+    r"datasets|general|line \d+|--\w+|repeated key: \S|: '?[^ ]+'?: extra keys not allowed|save it as UTF-8"
+)
 ODD_TEXTS = (
     "", " ", "a", "\0", "a\0b", "\ud800", "🐈‍⬛", "é" * 3, "ｒｅｓｏｌｕｔｉｏｎ", "\u202egnp.a", "a\nb", "x" * 5000,
     "../..", "C:\\x", "%s{0}", "true", "512", "lanczos", "[[datasets]]", "\ufeff", "\U0010ffff",

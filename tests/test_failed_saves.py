@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library import training_loop
 from library.checkpoints.tensors import save_tensors
 from library.options import make_options
 from library.options.errors import RunFailed
@@ -168,12 +169,18 @@ def test_a_mistake_in_a_writer_is_no_trouble_with_the_disk(tmp_path):
         broken.train(range(1, 2))
 
 
-def test_a_script_that_cannot_write_goes_on_and_ends_with_status_1(tmp_path, capsys):
+def test_a_script_that_cannot_write_goes_on_and_ends_with_status_1(tmp_path, capsys, monkeypatch):
     photos = Path(shutil.copytree(PHOTOS, tmp_path / "photos"))
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "run-step00000001.safetensors").mkdir()  # folders where files should be
-    (out / "run.safetensors").mkdir()
+    load = training_loop.load_models
+
+    def spoil(*arguments):
+        """What another program does to the folder once everything is checked: folders where files should be."""
+        (out / "run-step00000001.safetensors").mkdir(parents=True)
+        (out / "run.safetensors").mkdir()
+        return load(*arguments)
+
+    monkeypatch.setattr(training_loop, "load_models", spoil)
     with pytest.raises(SystemExit) as ending:
         train(
             "--dataset_config",

@@ -100,7 +100,7 @@ MISTAKES: list[tuple[str, str, tuple[str, ...]]] = [
     ("train_network", "--optimizer_args weight_decay=-1", ("weight_decay=-1", "--optimizer_args")),
     ("sdxl_train", "--optimizer_type LBFGS", ("LBFGS", "closure")),
     ("train_network", "--optimizer_type SparseAdam", ("SparseAdam", "sparse")),
-    ("train_network", "--optimizer_type no_such_package.Lion", ("no_such_package", "Install")),
+    ("train_network", "--optimizer_type no_such_package.Lion", ("no_such_package", "install")),
     # schedule
     ("train_network", "--lr_scheduler cosin", ("--lr_scheduler cosin", "cosine?")),
     ("flux_train", "--lr_scheduler piecewise_constant", ("piecewise_constant", "step_rules")),

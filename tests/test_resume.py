@@ -33,6 +33,7 @@ from library.run_record import (
     refuse_differences,
     run_record,
 )
+from library.saving import alone
 from library.state_files import POSITION_FILE, find_state
 from library.training_state import Position, SavedProgress, TrainingParts, load_state, read_progress, save_state
 from tests.test_metadata import group_of, make_images
@@ -73,7 +74,7 @@ def weights(parts: TrainingParts) -> dict[str, Tensor]:
 def write_state(folder: Path, parts: TrainingParts | None = None, *, step: int = 3, record: Any = None) -> Path:
     progress = SavedProgress(Position(1, step, step), seed=1, batches_per_epoch=100, record=record)
     parts = parts or make_parts()
-    save_state(folder, parts, progress, rank=0, is_main_process=True, wait=lambda: None)
+    save_state(folder, parts, progress, rank=0, is_main_process=True, phase=alone)
     return folder
 
 

@@ -57,6 +57,9 @@ LINEAGES = (
     Lineage("flux", "FLUX.1", "library.families.flux:Flux", _FLUX, "flux_"),
 )  # fmt: skip
 
+#: width of text vectors -> the version, of a lineage that has several
+VERSIONS: Mapping[int, ModelKind] = {768: ModelKind.SD1, 1024: ModelKind.SD2}
+
 
 def lineage_of_family(path: str) -> Lineage | None:
     """The lineage of a script's family; None for families that are not here."""

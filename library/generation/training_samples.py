@@ -53,7 +53,7 @@ def sampling_problems(options: Options) -> list[str]:
         entries = read_prompt_file(Path(sampling.sample_prompts))
     except (ValueError, OSError) as error:
         return [*problems, str(error)]
-    wrong = [text for entry in entries for text in _told_of(entry, options)[0]]
+    wrong = [f"--sample_prompts: {text}" for entry in entries for text in _told_of(entry, options)[0]]
     return problems + (wrong if len(wrong) == len(entries) else [])
 
 

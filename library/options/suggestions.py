@@ -28,11 +28,10 @@ def meaning(name: str, specs: Mapping[str, OptionSpec], script: str, *, dashes: 
     places = where(name, script)
     if places:
         return f"an option of {listed(places)}"
-    others = {option for options in _options().values() for option in options}
-    guess = nearest(name, [*specs, *sorted(others - set(specs))])
-    if guess is None or guess in specs:
-        return f"did you mean {dashes}{guess}?" if guess else None
-    return f"did you mean {dashes}{guess}, an option of {listed(where(guess, script))}?"
+    if own := nearest(name, specs):
+        return f"did you mean {dashes}{own}?"
+    guess = nearest(name, sorted({option for options in _options().values() for option in options}))
+    return guess and f"did you mean {dashes}{guess}, an option of {listed(where(guess, script))}?"
 
 
 def where(name: str, script: str) -> list[str]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from library.checkpoints.headers import peek
+from library.checkpoints.lineages import VERSIONS
 from library.checkpoints.recognition import ModelKind, recognise
 from library.checkpoints.safetensors_header import Header
 from library.preflight.subject import Subject, existing
 from networks.known import OWN_MODULES, modules_for
 from networks.recognition import NetworkKind, check_kind, describe
-
-#: width of text vectors -> the version of a lineage that has several
-_VERSIONS = {768: ModelKind.SD1, 1024: ModelKind.SD2}
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -49,7 +47,7 @@ def _file(option: str, path: str, header: Header, subject: Subject) -> Iterator[
         yield f"{option} {path} looks like {what}; a network file (LoRA or another) is expected."
     elif subject.options.network.network_module in OWN_MODULES or kind.family not in (None, lineage.name):
         yield from _unfit(kind, lineage.name, source=f"{option} {path}")
-    version = _VERSIONS.get(kind.context_width or 0)
+    version = VERSIONS.get(kind.context_width or 0)
     if kind.family == lineage.name and version in lineage.kinds - subject.kinds:
         yield f"{option} {path} was trained for {version.value}: --v2 must fit it. Name another file."
 
