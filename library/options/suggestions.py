@@ -12,6 +12,7 @@ from library.options.declare import OptionSpec, specs_of
 from library.options.script_options import ScriptOptions
 
 MOST_SCRIPTS = 4  # that one message names
+OWN_ADVANTAGE = 0.1  # by so much the option of another script must be more like a name than the script's own
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -28,10 +29,15 @@ def meaning(name: str, specs: Mapping[str, OptionSpec], script: str, *, dashes: 
     places = where(name, script)
     if places:
         return f"an option of {listed(places)}"
-    if own := nearest(name, specs):
-        return f"did you mean {dashes}{own}?"
+    own = nearest(name, specs)
     guess = nearest(name, sorted({option for options in _options().values() for option in options}))
+    if own and (guess is None or _likeness(name, own) >= _likeness(name, guess) - OWN_ADVANTAGE):
+        return f"did you mean {dashes}{own}?"
     return guess and f"did you mean {dashes}{guess}, an option of {listed(where(guess, script))}?"
+
+
+def _likeness(name: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, name, other).ratio()
 
 
 def where(name: str, script: str) -> list[str]:
