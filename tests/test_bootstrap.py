@@ -85,6 +85,7 @@ def test_failing_pip_is_explained(output: str, message: str) -> None:
     assert shown == [output]
 
 
+@pytest.mark.slow
 def test_complete_environment_is_recognised_without_a_package_index(tmp_path: Path) -> None:
     assert bootstrap.is_satisfied(Path(sys.executable), REQUIREMENTS)
     absent = tmp_path / "requirements.txt"

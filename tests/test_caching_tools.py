@@ -61,6 +61,7 @@ def run(tool: str, dataset: Path, *words: str | Path) -> None:
     run_script(f"tools.{tool}", "--dataset_config", dataset, "--tokenizer_cache_dir", TOKENIZERS, *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "precision"), [("sd", "no"), ("sdxl", "no"), ("flux", "bf16"), ("sd3", "no")]
 )

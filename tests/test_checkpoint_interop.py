@@ -45,6 +45,7 @@ def config_only(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", "*.bin")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["saved.safetensors", "saved.ckpt"])
 def test_diffusers_opens_our_single_file(name, folder, our_picture, tmp_path):
     from diffusers import StableDiffusionPipeline
@@ -56,6 +57,7 @@ def test_diffusers_opens_our_single_file(name, folder, our_picture, tmp_path):
     assert_equal_pictures(pipeline_picture(pipeline), our_picture)
 
 
+@pytest.mark.slow
 def test_diffusers_opens_our_single_file_of_sd2(tmp_path):
     from diffusers import StableDiffusionPipeline
 
@@ -71,6 +73,7 @@ def test_diffusers_opens_our_single_file_of_sd2(tmp_path):
     assert_equal_answers(answers(StableDiffusionPipeline.from_pretrained(tmp_path / "full")), answers(ours))
 
 
+@pytest.mark.slow
 def test_diffusers_opens_our_folder(folder, our_picture):
     from diffusers import StableDiffusionPipeline
 
@@ -80,6 +83,7 @@ def test_diffusers_opens_our_folder(folder, our_picture):
     assert_equal_pictures(pipeline_picture(pipeline), our_picture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -281,6 +281,7 @@ zero_terminal_snr = false
 MODULES = {"sd3": "networks.lora_sd3", "flux": "networks.lora_flux"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_training_script_accepts_all_options_of_a_gui_that_are_off(name: str, tmp_path: Path) -> None:
     script: launch.Script = importlib.import_module(name).SCRIPT

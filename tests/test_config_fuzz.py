@@ -316,6 +316,7 @@ def loads(content: bytes, kinds: SupportedKinds) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_every_damaged_file_loads_or_says_where_it_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts: Counter[str] = Counter()
     logging.disable(logging.CRITICAL)

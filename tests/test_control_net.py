@@ -70,6 +70,7 @@ def residuals_of(method: ControlNetTraining, batch) -> list[Tensor]:
 
 
 # --- learning --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNET_FAMILIES)
 def test_a_new_control_net_changes_nothing_and_then_learns_one_batch(name):
     method = make_method(name)
@@ -296,6 +297,7 @@ def test_full_size_names_and_widths():
 
 
 # --- the scripts -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "model"), [("train_control_net", MODEL), ("sdxl_train_control_net", SDXL_MODEL)], ids=UNET_FAMILIES
 )

@@ -100,6 +100,7 @@ def _restored_logging() -> Iterator[None]:
 
 
 # --- the same bits -------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_file_to_file_to_file_is_the_same_file(models, tmp_path, version, ending):
@@ -314,6 +315,7 @@ def test_the_wrong_version_is_named(models, folders, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_options_without_effect_are_told(models, tmp_path, caplog):
     words = ["--epoch", 1, "--variant", "fp16", "--reference_model", tmp_path, "--unet_use_linear_projection"]
     convert(models["v2"], tmp_path / "out.safetensors", "--v2", *words)

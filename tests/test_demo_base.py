@@ -116,6 +116,7 @@ def test_checkpoint_has_the_names_of_sd15() -> None:
             assert set(file.keys()) <= set(names)
 
 
+@pytest.mark.slow
 def test_committed_model_draws_what_is_asked() -> None:
     modules = load_checkpoint(CHECKPOINT, v2=False, dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT.parent / base_models.TOKENIZER_NAME)
@@ -128,6 +129,7 @@ def test_committed_model_draws_what_is_asked() -> None:
     assert sum(right) >= 5, right
 
 
+@pytest.mark.slow
 def test_vae_training_runs_and_resumes(tmp_path: Path) -> None:
     settings = base_vae.VaeSettings(minutes=0.01, batch_size=2)
     first = base_vae.train_vae(settings, tmp_path, torch.device("cpu"))

@@ -299,6 +299,7 @@ def test_numbers_of_images(tmp_path: Path) -> None:
     assert len(generate(*lines, "--n_iter", "2", outdir=tmp_path / "b")) == 2
 
 
+@pytest.mark.slow
 def test_order_and_seeds_of_a_list(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\nfour\n", encoding="utf-8")
     common = ("--from_file", tmp_path / "p.txt", "--seed", "3", "--steps", "1")
@@ -334,6 +335,7 @@ def test_prompts_from_the_keyboard_and_the_window(tmp_path: Path, monkeypatch: p
         assert shown == ([] if words else ["a fox"])
 
 
+@pytest.mark.slow
 def test_messages(tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--prompt", "a cat --d 5", "--steps", "1")
     generate(*common, outdir=tmp_path / "a")

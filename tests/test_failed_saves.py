@@ -169,6 +169,7 @@ def test_a_mistake_in_a_writer_is_no_trouble_with_the_disk(tmp_path):
         broken.train(range(1, 2))
 
 
+@pytest.mark.slow
 def test_a_script_that_cannot_write_goes_on_and_ends_with_status_1(tmp_path, capsys, monkeypatch):
     photos = Path(shutil.copytree(PHOTOS, tmp_path / "photos"))
     out = tmp_path / "out"
@@ -240,6 +241,7 @@ def dying_at(number: int, error: Callable[[], BaseException], *, after: bool) ->
             setattr(owner, name, original)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_run_killed_at_any_rename_or_removal_leaves_a_whole_model_and_a_whole_state(is_folder, after, tmp_path):

@@ -69,6 +69,7 @@ def drawn_errors(model: Path) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [[], ["--cache_text_encoder_outputs"]])
 def test_full_training_teaches_a_new_family_its_colours(data: Path, cached: list[str]) -> None:
     trained = run(

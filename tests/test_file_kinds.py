@@ -267,6 +267,7 @@ def test_an_embedding_with_nan_is_refused_by_name(tmp_path):
         read_embeddings(tmp_path / "word.pt", ["x"])
 
 
+@pytest.mark.slow
 def test_a_network_with_nan_is_refused_by_training_and_merging_and_drawn_with_a_warning(tmp_path, caplog):
     stored, name = load_file(MODELS / "sd1_lora_start.safetensors"), "lora_unet_mid_block_attentions_0_proj_in"
     key = f"{name}.lora_down.weight"

@@ -280,6 +280,7 @@ def test_noise_options_without_effect_change_no_draw():
 
 
 # --- training --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_full_training_moves_the_transformer_and_saves_every_form(tmp_path):
     common = ("--dataset_config", dataset(tmp_path), "--cache_latents", "--cache_text_encoder_outputs",
               "--t5xxl_max_token_length", "24", "--max_train_steps", "2", "--gradient_checkpointing")  # fmt: skip

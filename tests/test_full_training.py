@@ -72,6 +72,7 @@ def text_encoder(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # --- what is trained -------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_training_on_one_batch_halves_its_loss(tmp_path):
     run = make_run(tmp_path, DreamBoothTraining)
     losses = steps(run, *[1] * 8)
@@ -136,6 +137,7 @@ def test_float32_weights_survive_mixed_precision_untouched(tmp_path):
     assert largest_difference(run.method.family.denoiser.state_dict(), exact.denoiser.state_dict()) == 0
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     plain = make_run(tmp_path, DreamBoothTraining)
     saving = make_run(tmp_path, DreamBoothTraining, gradient_checkpointing=True)
@@ -165,6 +167,7 @@ def test_the_text_encoder_stays_as_the_step_of_its_stop_made_it(tmp_path):
     assert all(parameter.grad is None for parameter in run.method.family.text_encoders[0].parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_after", [1, 3])
 def test_a_run_resumed_before_or_after_the_stop_equals_the_straight_run(saved_after, tmp_path):
     values: dict[str, Any] = {"stop_text_encoder_training": 2}
@@ -203,6 +206,7 @@ FUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUSED)
 def test_steps_inside_the_backward_pass_give_the_weights_of_separate_steps(name, tmp_path):
     common, fused = FUSED[name]
@@ -215,6 +219,7 @@ def test_steps_inside_the_backward_pass_give_the_weights_of_separate_steps(name,
     assert all(parameter.grad is None for parameter in inside.method.trained_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["backward pass", "blocks"])
 def test_steps_inside_the_backward_pass_resume_exactly(name, tmp_path):
     common, fused = FUSED[name]
@@ -409,6 +414,7 @@ def train(script: str, *arguments: str | Path, output_dir: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_dreambooth_run_resumed_in_the_middle_of_an_epoch_equals_the_straight_run(tmp_path):
     common = [
         "--dataset_config", FOLDER / "dataset.toml", "--cache_latents", "--fused_backward_pass", "--optimizer_type",
@@ -423,6 +429,7 @@ def test_a_dreambooth_run_resumed_in_the_middle_of_an_epoch_equals_the_straight_
     assert largest_difference(straight, load_file(tmp_path / "straight" / "run-step00000003.safetensors")) > 0
 
 
+@pytest.mark.slow
 def test_fine_tuning_saves_in_the_form_of_its_source(tmp_path):
     common = ["--dataset_config", FOLDER / "dataset_ft.toml", "--train_text_encoder", "--max_train_steps", "2"]
     train("fine_tune", *common, "--save_model_as", "diffusers", "--use_safetensors", "--save_every_n_steps", "1",

@@ -67,6 +67,7 @@ def test_both_scripts_draw_the_same_image(tmp_path: Path) -> None:
     assert difference(one, other) == 0
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_is_drawn_in_batches_that_change_nothing(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(
@@ -151,6 +152,7 @@ def test_a_single_prompt_with_a_mistake_is_refused(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_prompts_come_from_images(tmp_path: Path, picture: Path, caplog: pytest.LogCaptureFixture) -> None:
     (drawn,) = generate("--prompt", "a cat --n dog --f a.png", "--steps", "1", outdir=tmp_path / "source")
     (compressed,) = generate("--prompt", "a fox --f b.webp", "--steps", "1", outdir=tmp_path / "source")
@@ -167,6 +169,7 @@ def test_prompts_come_from_images(tmp_path: Path, picture: Path, caplog: pytest.
     assert "aa_silent.png" in caplog.text
 
 
+@pytest.mark.slow
 def test_long_prompts_weights_and_breaks_reach_the_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = " ".join(["red"] * 80) + " BREAK blue --d 1 --f {}.png"
     whole, cut, weighted, plain = (
@@ -229,6 +232,7 @@ def test_image_to_image_takes_the_size_of_the_picture(
     assert abs(pixels_of(own).mean() - expected.mean()) < 0.25  # through a tiny VAE
 
 
+@pytest.mark.slow
 def test_a_batch_from_pictures_equals_single_images(tmp_path: Path, picture: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -243,6 +247,7 @@ def test_a_batch_from_pictures_equals_single_images(tmp_path: Path, picture: Pat
     assert all(difference(*pair) <= 1 for pair in zip(batch, single, strict=True))
 
 
+@pytest.mark.slow
 def test_masks_choose_what_is_repainted(tmp_path: Path, picture: Path) -> None:
     half = np.zeros((64, 64), dtype=np.uint8)
     half[:, 32:] = 255
@@ -274,6 +279,7 @@ def test_masks_of_another_size_are_refused(
 
 
 # --- networks -------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_hooked_merged_and_folded_networks_draw_the_same(tmp_path: Path, lora_file: Path) -> None:
     other = write_lora(tmp_path / "other.safetensors", seed=1)
     networks = ("--network_module", "networks.lora", "networks.lora", "--network_weights", lora_file, other,
@@ -293,6 +299,7 @@ def test_hooked_merged_and_folded_networks_draw_the_same(tmp_path: Path, lora_fi
         assert texts_of(drawn[way])["networks"] == "style.safetensors:0.7, other.safetensors:0.4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folded", [False, True])
 def test_strengths_of_a_line_hold_for_that_line(tmp_path: Path, lora_file: Path, folded: bool) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -328,6 +335,7 @@ def test_a_file_of_another_family_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "bad.safetensors" in text
 
 
+@pytest.mark.slow
 def test_networks_of_lycoris_draw(tmp_path: Path, lycoris_presets: None, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
     from lycoris import kohya
 

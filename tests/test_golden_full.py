@@ -74,6 +74,7 @@ def assert_saved_tensors_match(golden: GoldenRun, saved: dict[str, Tensor]) -> N
             assert float(tensor.float().std()) == pytest.approx(deviation, abs=1e-4), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_injected_steps_reproduce_the_recorded_losses_and_weights(name, tmp_path, monkeypatch):
     script, method_class, trains_text = RUNS[name]

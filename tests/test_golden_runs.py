@@ -104,6 +104,7 @@ def rates(run: Run) -> list[float]:
     return [group["lr"] for group in run.optimizer.optimizer.param_groups]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INJECTED)
 def test_injected_steps_reproduce_the_recorded_losses_and_weights(name, tmp_path, monkeypatch):
     golden = golden_run(name)
@@ -121,6 +122,7 @@ def test_injected_steps_reproduce_the_recorded_losses_and_weights(name, tmp_path
     assert_saved_tensors_match(golden, load_file(path))
 
 
+@pytest.mark.slow
 def test_reseeded_steps_draw_noise_in_the_recorded_order(tmp_path, monkeypatch):
     golden = golden_run("sd1_lora_reseed")
     run = start_run(golden, tmp_path, monkeypatch)

@@ -46,6 +46,7 @@ def start_run(golden: GoldenRun, script: str, tmp_path) -> Run:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_injected_steps_reproduce_the_recorded_losses_and_weights(name, tmp_path, monkeypatch):
     golden = golden_run(name)

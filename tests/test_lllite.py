@@ -114,6 +114,7 @@ def test_sizes_that_no_level_divides_evenly_fit_all_layers(size_hw):
 
 
 # --- training --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_it_starts_as_nothing_and_then_learns_one_batch():
     method = make_method()
     batch = hint_batch(method.family)

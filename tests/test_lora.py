@@ -320,6 +320,7 @@ def test_max_norm_of_a_fresh_network_is_zero(models):
 
 
 # --- files -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_saving_and_loading_is_exact_and_byte_stable(models, tmp_path):
     network = applied(models)
     hosts.randomize(network)
@@ -350,6 +351,7 @@ def test_saved_tensors_are_cast_and_hashed_as_written(models, tmp_path, dtype):
     assert metadata["modelspec.title"] == "x"
 
 
+@pytest.mark.slow
 def test_pickles_hold_the_same_tensors(models, tmp_path):
     network = applied(models)
     hosts.randomize(network)

@@ -102,6 +102,7 @@ def loaded_by_diffusers(folder: Path, path: Path, complaints: list[str]) -> Any:
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"conv_dim": "3", "conv_alpha": "1"}], ids=["linear", "convolutions"])
 def test_diffusers_answers_with_our_lora_as_we_do(arguments, folder, plain, complaints, tmp_path):
     path = write_lora(tmp_path / "lora.safetensors", tiny_model(), 1, **arguments)
@@ -127,6 +128,7 @@ def test_diffusers_draws_with_a_trained_lora_as_we_do(folder, complaints, tmp_pa
     assert_equal_pictures(pipeline_picture(pipe), ours)
 
 
+@pytest.mark.slow
 def test_diffusers_answers_with_a_merged_lora_as_we_do(folder, complaints, tmp_path):
     host = tiny_model()
     paths = [write_lora(tmp_path / "a.safetensors", host, 1, conv_dim="3", conv_alpha="1"),
@@ -144,6 +146,7 @@ def test_diffusers_answers_with_a_merged_lora_as_we_do(folder, complaints, tmp_p
     assert_equal_answers(answers(pipe), answers(ours))
 
 
+@pytest.mark.slow
 def test_merging_makes_a_file_with_many_alphas_readable_for_diffusers(folder, complaints, tmp_path):
     path = write_lora(tmp_path / "blocks.safetensors", tiny_model(), 4,
                       block_dims=",".join(str(2 + index % 3) for index in range(25)),
@@ -284,6 +287,7 @@ def test_our_own_names_stay_as_they_are(tmp_path):
     assert to_own_names(tensors, "sd") == tensors
 
 
+@pytest.mark.slow
 def test_a_diffusers_file_continues_training(theirs, tmp_path):
     from diffusers import StableDiffusionPipeline
 
@@ -314,6 +318,7 @@ def lycoris_presets() -> Iterator[None]:
             setattr(network_class, name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["lora", pytest.param("loha", marks=pytest.mark.slow)])
 def test_a_network_of_lycoris_draws_in_our_engine(algorithm, lycoris_presets, tmp_path):
     from lycoris import kohya
@@ -346,6 +351,7 @@ def test_a_network_of_lycoris_draws_in_our_engine(algorithm, lycoris_presets, tm
         assert_equal_pictures(picture(own), expected)
 
 
+@pytest.mark.slow
 def test_files_of_lycoris_wrapper_are_read(lycoris_presets, plain, tmp_path):
     from lycoris import LycorisNetwork, create_lycoris
 

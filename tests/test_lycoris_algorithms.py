@@ -66,6 +66,7 @@ def test_every_algorithm_trains_and_draws(algorithm, lycoris_presets, tmp_path):
         assert (answer(family) - expected).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ia3", "dylora"])
 def test_a_file_that_the_module_cannot_read_back_is_named(algorithm, lycoris_presets, tmp_path):  # noqa: F811
     """LyCORIS 4.1 trains and writes them, but fails on reading them (of DyLoRA: convolutions)."""

@@ -129,6 +129,7 @@ def test_mistakes_are_reported_together_and_nothing_is_written(capsys, folder, t
 
 
 # --- into a model --------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_merged_model_answers_as_the_hooked_one(folder, plain, tmp_path) -> None:
     out = tmp_path / "new" / "merged.safetensors"
     merge("--sd_model", MODEL, "--models", folder / "linear.safetensors", folder / "conv.safetensors",
@@ -140,6 +141,7 @@ def test_merged_model_answers_as_the_hooked_one(folder, plain, tmp_path) -> None
     assert_equal_answers(answers(tiny_model(out)), answers(hooked))
 
 
+@pytest.mark.slow
 def test_merged_model_draws_the_image_of_the_hooked_one(folder, tmp_path) -> None:
     out = tmp_path / "merged.safetensors"
     merge("--sd_model", MODEL, "--models", folder / "conv.safetensors", folder / "linear.safetensors",
@@ -153,6 +155,7 @@ def test_merged_model_draws_the_image_of_the_hooked_one(folder, tmp_path) -> Non
     assert float((picture(tiny_family(out)) - hooked).abs().max()) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "saved"), [("float", "fp16"), ("bf16", None), ("fp16", "float")])
 def test_precisions_of_a_merged_model(precision, saved, folder, tmp_path) -> None:
     dtypes = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -169,6 +172,7 @@ def test_precisions_of_a_merged_model(precision, saved, folder, tmp_path) -> Non
     assert sum(not torch.allclose(before[key].float(), exact[key]) for key in exact) == 204
 
 
+@pytest.mark.slow
 def test_pickles_and_diffusers_folders(folder, tmp_path) -> None:
     scheduler = model_util.scheduler_config(v_parameterization=False)
     model_util.save_diffusers_folder(tmp_path / "model", tiny_model(), scheduler=scheduler)
@@ -182,6 +186,7 @@ def test_pickles_and_diffusers_folders(folder, tmp_path) -> None:
     assert_equal_answers(answers(tiny_model(tmp_path / "back.safetensors")), answers(tiny_model()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_convolution", [False, True])
 def test_sd2_projections_take_both_shapes(as_convolution, tmp_path) -> None:
     model = tmp_path / "sd2.safetensors"
@@ -208,6 +213,7 @@ def test_sd2_projections_take_both_shapes(as_convolution, tmp_path) -> None:
     assert all(both[key].dim() == 2 for key in projections)
 
 
+@pytest.mark.slow
 def test_metadata_of_a_merged_model(folder, tmp_path) -> None:
     out = tmp_path / "merged.safetensors"
     common = ["--sd_model", MODEL, "--models", folder / "linear.safetensors", folder / "conv.safetensors", "--ratios",
@@ -222,6 +228,7 @@ def test_metadata_of_a_merged_model(folder, tmp_path) -> None:
     assert not [key for key in metadata_of(out) if key.startswith("modelspec")]
 
 
+@pytest.mark.slow
 def test_files_for_other_models_are_refused(capsys, folder, tmp_path) -> None:
     out = tmp_path / "out.safetensors"
     tensors = load_file(folder / "linear.safetensors")
@@ -259,6 +266,7 @@ def test_concatenation_is_exact_for_any_ranks_alphas_and_ratios(folder, tmp_path
     assert len({float(value) for key, value in stored.items() if key.endswith(".alpha")}) == 1
 
 
+@pytest.mark.slow
 def test_concatenated_file_answers_as_both_hooked(folder, tmp_path) -> None:
     out = tmp_path / "out.safetensors"
     merge("--models", folder / "linear.safetensors", folder / "conv.safetensors", "--ratios", "0.8", "-0.5", "--concat",

@@ -32,6 +32,7 @@ def odd_pictures(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_unusual_pictures_train_and_turned_ones_are_upright(odd_pictures, tmp_path, capfd):
     config = write_config(tmp_path, odd_pictures)
     out = tmp_path / "out"

@@ -314,6 +314,7 @@ def odd_line(generator: random.Random) -> str:
     return "".join(generator.choices(PIECES[:6] + PIECES[-12:], k=generator.randrange(8))) + "".join(options)
 
 
+@pytest.mark.slow
 def test_ten_thousand_odd_lines_are_parsed_or_refused(tmp_path: Path) -> None:
     generator = random.Random(20_260_101)
     template = ImageRequest("", network_multipliers=(1.0,))

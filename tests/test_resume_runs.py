@@ -27,6 +27,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_a_state_does_not_fit_is_said_before_models_are_loaded(
     first_run: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_the_second_prompt_is_read_by_the_second_encoder(tmp_path):
     assert difference(one, same) == 0 and difference(one, other) > 5
 
 
+@pytest.mark.slow
 def test_a_network_is_merged_with_its_strength(lora_file, tmp_path):
     (plain,) = draw("--seed", "5", outdir=tmp_path / "a")
     (half,) = draw("--seed", "5", "--lora_weights", f"{lora_file};0.5", outdir=tmp_path / "b")
@@ -128,6 +129,7 @@ def test_strengths_are_split_at_the_last_semicolon(tmp_path):
 
 
 # --- gen_img.py ------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_gen_img_tells_the_model_by_its_keys_and_uses_sizes(tmp_path):
     line = "a cat --d 3 --n dog"
     (told,) = generate("--prompt", line, "--ckpt", MODEL, "--sdxl", outdir=tmp_path / "a", script="gen_img")

@@ -37,6 +37,7 @@ def train(script: str, config: Path, *arguments: str | Path) -> Path:
 LORA = ("--network_module", "networks.lora", "--network_dim", "2")
 
 
+@pytest.mark.slow
 def test_a_network_for_all_parts_trains_and_draws_samples(config, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a (red:1.3) cat --w 64 --h 64 --s 2 --d 1\n")
@@ -57,6 +58,7 @@ def test_a_network_for_all_parts_trains_and_draws_samples(config, tmp_path):
         assert image.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_cached_text_trains_as_live_text(config):
     arguments = (*LORA, "--network_train_unet_only", "--cache_latents")
     live = load_file(train("sdxl_train_network", config, *arguments) / "run.safetensors")
@@ -76,6 +78,7 @@ def test_cached_text_and_a_trained_encoder_are_refused(config, capsys):
     assert "--network_train_unet_only" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_full_training_of_all_parts_gives_a_model_that_loads(config):
     folder = train(
         "sdxl_train", config, "--train_text_encoder", "--learning_rate_te1", "1e-3", "--learning_rate_te2", "0",
@@ -91,6 +94,7 @@ def test_full_training_of_all_parts_gives_a_model_that_loads(config):
     sdxl_family(folder / "run.safetensors")
 
 
+@pytest.mark.slow
 def test_block_learning_rates_train_only_their_blocks_also_with_cached_text(config):
     rates = ["0"] * 23
     rates[0], rates[5], rates[22] = "1e-3", "2e-3", "1e-3"
@@ -107,6 +111,7 @@ def test_block_learning_rates_train_only_their_blocks_also_with_cached_text(conf
     assert places == {"time_embed", "label_emb", "input_blocks.4", "out"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["lora", "lokr"])
 def test_lycoris_trains_all_parts_under_the_usual_names(algorithm, lycoris_presets, config):  # noqa: F811
     folder = train(

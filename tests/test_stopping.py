@@ -27,6 +27,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_neither_writes_nor_removes(tmp_path, capsys):
     photos = Path(shutil.copytree(PHOTOS, tmp_path / "photos"))
     config = write_config(tmp_path, photos)

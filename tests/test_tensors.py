@@ -104,6 +104,7 @@ def test_a_failing_save_leaves_the_old_file_and_no_rubbish(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
     path = tmp_path / "x.safetensors"
     tf.save_tensors(path, {"a": torch.zeros(1)})

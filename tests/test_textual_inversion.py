@@ -99,6 +99,7 @@ def test_averaging_optimizers_leave_other_rows_alone(tmp_path):
     assert not torch.equal(averaged[table.first :], before[table.first :])
 
 
+@pytest.mark.slow
 def test_recomputed_activations_give_the_same_gradients(tmp_path):
     gradients = []
     for script in (SD, "train_textual_inversion_XTI"):
@@ -166,6 +167,7 @@ def test_mistakes_end_the_run_before_the_model_loads(words, message, tmp_path, c
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(tmp_path):
     common = [*words_for(SDXL), "--use_object_template", "--num_vectors_per_token", "2", "--init_word", "cat",
               "--cache_latents", "--save_every_n_steps", "2", "--save_state"]  # fmt: skip
@@ -180,6 +182,7 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(tmp_path):
     assert not any(torch.equal(first[name], halfway[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_run_saves_a_pickle_named_after_the_word_and_draws_its_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("a mychar --w 128 --h 128 --s 2 --d 1\n", encoding="utf-8")
     path = train_word(
@@ -264,6 +267,7 @@ def test_diffusers_reads_both_keys_of_an_xl_file(tmp_path):
 
 
 # --- drawing with files ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_word_with_the_embedding_of_another_word_draws_the_same(tmp_path):
     [cat] = embeddings_of("cat")
     save_file({"emb_params": embeddings_of("cat", "girl")}, tmp_path / "both.safetensors")

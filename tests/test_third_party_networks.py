@@ -50,6 +50,7 @@ def star_config(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["lora", "lokr"])
 def test_lycoris_trains_saves_and_loads_back(algorithm, lycoris_presets, tmp_path):
     from lycoris import kohya
@@ -115,6 +116,7 @@ def create_network_from_weights(*args, **kwargs):
 '''
 
 
+@pytest.mark.slow
 def test_an_old_two_rate_module_plugs_in(tmp_path, monkeypatch):
     (tmp_path / "bias_network.py").write_text(THIRD_PARTY)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -47,6 +47,7 @@ token_warmup_step = 3
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augmentation", ["", AUGMENTATION])
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(augmentation, photos, tmp_path):
     """Pyramid noise draws from Python's generator, the warm-up of tokens depends on the step."""
@@ -113,6 +114,7 @@ def test_option_combinations_train(options, photos, tmp_path):
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_plain_folders_with_class_tokens_and_regularisation_images(photos, tmp_path):
     for folder in ("train/3_sks cat", "train/1_rocket", "reg/1_cat"):
         (tmp_path / folder).mkdir(parents=True)
@@ -147,6 +149,7 @@ def test_sample_images_are_drawn_and_do_not_change_the_training(photos, tmp_path
     assert_equal_files(plain, sampled)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_network_weights_and_base_weights_change_the_model(photos, tmp_path):
     config = write_config(tmp_path, photos)
     common = ["--dataset_config", config, "--max_train_steps", "2"]
@@ -163,6 +166,7 @@ def test_training_goes_on_from_network_weights_and_base_weights_change_the_model
     assert any(not torch.equal(before[key], load_file(merged)[key]) for key in before)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file_whatever_the_number_of_workers(photos, tmp_path):
     config = write_config(tmp_path, photos, general="shuffle_caption = true\nflip_aug = true\nrandom_crop = true")
     common = ["--dataset_config", config, "--max_train_steps", "3"]
@@ -171,6 +175,7 @@ def test_the_same_seed_gives_the_same_file_whatever_the_number_of_workers(photos
     assert_equal_files(alone, workers)
 
 
+@pytest.mark.slow
 def test_saved_forms_and_retention(photos, tmp_path):
     config = write_config(tmp_path, photos)
     out = tmp_path / "out"
@@ -182,6 +187,7 @@ def test_saved_forms_and_retention(photos, tmp_path):
     assert all(isinstance(value, torch.Tensor) for value in torch.load(out / "run.pt", weights_only=True).values())
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_scalars_that_users_know(photos, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -211,6 +217,7 @@ def test_a_metadata_file_gives_captions_and_tags(photos, tmp_path):
     assert json.loads(metadata_of(path)["ss_dataset_dirs"]) == {"meta.json": {"n_repeats": 1, "img_count": 2}}
 
 
+@pytest.mark.slow
 def test_mask_images_decide_where_the_loss_counts(photos, tmp_path):
     masks = {"white": 255, "half": None, "black": 0}
     results = {}
@@ -234,6 +241,7 @@ def test_mask_images_decide_where_the_loss_counts(photos, tmp_path):
     assert all(results["black"][key].abs().max() == 0 for key in ups)
 
 
+@pytest.mark.slow
 def test_the_environment_of_a_launcher_changes_no_run(photos, tmp_path, monkeypatch, caplog, capfd):
     config = write_config(tmp_path, photos)
     common = ["--dataset_config", config, "--max_train_steps", "9", "--max_train_epochs", "1"]

@@ -34,6 +34,7 @@ def drawn(folder: Path, model: Path, script: str, *options: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "model"),
     [("gen_img", SD1), ("gen_img_diffusers", SD1), ("gen_img", SDXL), ("sdxl_gen_img", SDXL)],
@@ -66,6 +67,7 @@ def test_folders_say_it_in_their_scheduler(tmp_path: Path) -> None:
     assert recorded_noise(tmp_path / "m") == RecordedNoise("v", True)
 
 
+@pytest.mark.slow
 def test_the_small_script_draws_velocity_models(tmp_path: Path, caplog) -> None:
     """It has no option for it; SDXL with Euler steps is what gen_img.py draws, apart from the size conditioning."""
     files = {}
