@@ -1,4 +1,4 @@
-"""Names of the Hugging Face hub's scripts that other programs import; uploading is not supported yet and says so."""
+"""Names of the Hugging Face hub that other programs import; it is not supported yet, which both functions say."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ from typing import Any, NoReturn
 from library.options.errors import UserError
 
 
-def exists_repo(repo_id: str, repo_type: str, revision: str = "main", token: str | None = None) -> bool:
-    """Whether the hub has this repository and revision, for the owner of the token."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi(token=token).repo_info(repo_id, revision=revision, repo_type=repo_type)
-    except HfHubHTTPError:
-        return False
-    return True
+def exists_repo(repo_id: str, repo_type: str, revision: str = "main", token: str | None = None) -> NoReturn:
+    """Always raises UserError: the hub is not asked."""
+    raise UserError(f"{repo_id} is not looked up: the Hugging Face hub is not supported yet.")
 
 
 def upload(args: Any, src: str | Path, dest_suffix: str = "", force_sync_upload: bool = False) -> NoReturn:

@@ -177,7 +177,9 @@ def test_parts_of_flux_are_loaded_by_their_old_names() -> None:
     assert next(flux_utils.load_t5xxl(folder / "t5xxl_tiny.safetensors", None, "cpu").parameters()) is not None
 
 
-def test_uploads_say_that_they_do_not_work_yet() -> None:
+def test_names_of_the_hub_say_that_they_do_not_work_yet() -> None:
+    with pytest.raises(UserError, match="not supported yet"):
+        huggingface_util.exists_repo("owner/name", "model")
     with pytest.raises(UserError, match="not supported yet"):
         huggingface_util.upload(argparse.Namespace(), "folder")
 
