@@ -325,6 +325,20 @@ def test_zero_and_missing_alphas_are_the_rank() -> None:
     assert (modules["a"].scale, modules["b"].scale) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize(("weights", "said"), [
+    ({"a.lora_down.weight": torch.ones(2, 3), "a.alpha": torch.tensor(1.0)}, r"missing: a\.lora_up\.weight\."),
+    ({"a.lora_up.weight": torch.ones(3, 2)}, r"missing: a\.lora_down\.weight\."),
+    ({"a.alpha": torch.tensor(1.0)}, r"missing: a\.lora_down\.weight, a\.lora_up\.weight\."),
+    ({}, "it is empty"),
+    ({"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.ones(4, 3)}, "a have ranks 3 and 2"),
+])  # fmt: skip
+def test_modules_without_both_factors_are_named(weights: dict[str, Tensor], said: str) -> None:
+    whole = {"b.lora_down.weight": torch.ones(2, 3), "b.lora_up.weight": torch.ones(4, 2)}
+    for tensors in (weights, weights | whole) if weights else (weights,):
+        with pytest.raises(ValueError, match=rf"^x\.safetensors: .*{said}"):
+            lora_modules(tensors, source="x.safetensors")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounded_alphas_keep_the_strength(dtype) -> None:
     module = LoraModule(torch.randn(3, 5), torch.randn(7, 3), 301.0)
