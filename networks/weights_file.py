@@ -103,9 +103,7 @@ def ranks_and_alphas(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, floa
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for key, value in weights.items():
-        module, dot, parameter = key.partition(".")
-        if not dot:
-            continue
+        module, _, parameter = key.partition(".")
         if parameter == "alpha":
             alphas[module] = float(value.float())
         elif parameter == "lora_down.weight":

@@ -81,6 +81,13 @@ def test_initial_weights_repeat_a_recorded_run():
         assert torch.equal(state[key], value), key
 
 
+@pytest.mark.parametrize(("asked", "expected"), [((None, None), (4, 1.0)), ((6, None), (6, 1.0)), ((2, 3), (2, 3.0))])
+def test_rank_and_alpha_are_as_asked_for_or_four_and_one(asked, expected):
+    family = flux_family()
+    network = lora_flux.create_network(1.0, *asked, None, family.network_text_encoders(), family.denoiser)
+    assert {(adapter.lora_dim, float(adapter.alpha)) for adapter in network.adapters} == {expected}
+
+
 def test_encoders_may_be_missing(full_size):
     encoders, flux = full_size
     assert make([None, None], flux).text_encoder_loras == []

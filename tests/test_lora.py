@@ -183,6 +183,23 @@ def test_inference_modules_never_drop():
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("asked", "expected"), [
+    ((None, None), (4, 1.0)), ((6, None), (6, 1.0)), ((None, 3), (4, 3.0)), ((2, 0.5), (2, 0.5)),
+])  # fmt: skip
+def test_rank_and_alpha_are_as_asked_for_or_four_and_one(models, asked, expected):
+    network = make(models, *asked)
+    assert {(adapter.lora_dim, float(adapter.alpha)) for adapter in network.adapters} == {expected}
+    state = network.state_dict()
+    assert {tensor.shape[0] for name, tensor in state.items() if "lora_down" in name} == {expected[0]}
+    assert {tensor.shape[1] for name, tensor in state.items() if "lora_up" in name} == {expected[0]}
+
+
+def test_convolutions_have_ranks_and_alphas_of_their_own(models):
+    made = make(models, 6, 2.0, conv_dim="3").adapters
+    kinds = {(item.lora_down.weight.shape[2:] == (3, 3), item.lora_dim, float(item.alpha)) for item in made}
+    assert kinds == {(False, 6, 2.0), (True, 3, 1.0)}
+
+
 @pytest.mark.parametrize("arguments", [{"rank_dropout": "1.5"}, {"module_dropout": "x"}, {"conv_dim": "2.5"}])
 def test_bad_arguments_are_named(models, arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):

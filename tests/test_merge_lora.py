@@ -228,6 +228,27 @@ def test_metadata_of_a_merged_model(folder, tmp_path) -> None:
     assert not [key for key in metadata_of(out) if key.startswith("modelspec")]
 
 
+@pytest.mark.parametrize(("model_says", "lora_says", "v2", "expected", "is_guessed"), [
+    ("epsilon", "sd_v2_768_v", True, "epsilon", False), ("v", "sd_v1", False, "v", False),
+    ("", "sd_v2_768_v", True, "v", False), ("", "sd_v2", True, "epsilon", False),
+    ("", "", True, "v", True), ("", "", False, "epsilon", False),
+])  # fmt: skip
+def test_a_merged_model_predicts_what_it_said_then_what_the_files_say(
+    model_says, lora_says, v2, expected, is_guessed, tmp_path, caplog
+) -> None:
+    tensors = load_file(MODEL)
+    model, lora, out = (tmp_path / f"{name}.safetensors" for name in ("model", "lora", "out"))
+    save_file(sd2_tensors(tensors) if v2 else tensors, model,
+              {"modelspec.prediction_type": model_says} if model_says else {})  # fmt: skip
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    width = len(tensors["model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"])
+    save_file({f"{name}.lora_down.weight": torch.ones(1, width), f"{name}.lora_up.weight": torch.ones(width, 1)}, lora,
+              {"ss_base_model_version": lora_says} if lora_says else {})  # fmt: skip
+    merge("--sd_model", model, "--models", lora, "--ratios", "1", "--save_to", out, *["--v2"] * v2)
+    assert metadata_of(out)["modelspec.prediction_type"] == expected
+    assert ("does not say what it predicts" in caplog.text) == is_guessed
+
+
 @pytest.mark.slow
 def test_files_for_other_models_are_refused(capsys, folder, tmp_path) -> None:
     out = tmp_path / "out.safetensors"
@@ -323,6 +344,20 @@ def test_zero_and_missing_alphas_are_the_rank() -> None:
                "b.lora_down.weight": torch.ones(5, 3), "b.lora_up.weight": torch.ones(4, 5), "b.alpha": torch.tensor(0)}
     modules = lora_modules(weights, source="x")
     assert (modules["a"].scale, modules["b"].scale) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("weights", "said"), [
+    ({"a.lora_down.weight": torch.ones(2, 3), "a.alpha": torch.tensor(1.0)}, r"missing: a\.lora_up\.weight\."),
+    ({"a.lora_up.weight": torch.ones(3, 2)}, r"missing: a\.lora_down\.weight\."),
+    ({"a.alpha": torch.tensor(1.0)}, r"missing: a\.lora_down\.weight, a\.lora_up\.weight\."),
+    ({}, "it is empty"),
+    ({"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.ones(4, 3)}, "a have ranks 3 and 2"),
+])  # fmt: skip
+def test_modules_without_both_factors_are_named(weights: dict[str, Tensor], said: str) -> None:
+    whole = {"b.lora_down.weight": torch.ones(2, 3), "b.lora_up.weight": torch.ones(4, 2)}
+    for tensors in (weights, weights | whole) if weights else (weights,):
+        with pytest.raises(ValueError, match=rf"^x\.safetensors: .*{said}"):
+            lora_modules(tensors, source="x.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -323,3 +323,17 @@ def test_noise_keeps_the_dtype_of_the_latents() -> None:
     config = NoiseConfig(0.1, True, 0.1, 2, 0.3, 0.1, True)
     noise = draw_noise(latents, config)
     assert noise.dtype == perturb(noise, config).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["ddpm", *TIMESTEP_SAMPLING])
+def test_whatever_is_drawn_is_on_the_device_of_the_latents(kind: str) -> None:
+    elsewhere = torch.device("meta")  # a device that refuses tensors of others
+    latents = torch.zeros(2, 4, 8, 8, device=elsewhere)
+    config = NoiseConfig(0.1, True, 0.1, 2, 0.3, 0.1, True)
+    noise = draw_noise(latents, config)
+    objective = DdpmObjective(DdpmConfig()) if kind == "ddpm" else RectifiedFlow(FlowConfig(timestep_sampling=kind))
+    for draws_strength_last in (False, True):
+        assert perturb(noise, config, draws_strength_last=draws_strength_last).device == elsewhere
+    level = objective.sample_timesteps(2, (8, 8), elsewhere)
+    drawn = (noise, level.sigmas, level.timesteps, objective.corrupt(latents, noise, level))
+    assert {tensor.device for tensor in drawn} == {elsewhere}

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,11 +24,12 @@ from library import training_loop
 from library.config_util import SupportedKinds
 from library.data.records import BatchRequest
 from library.families.sd import StableDiffusion
+from library.generation.training_samples import TrainingSampler
 from library.launch import parse
 from library.methods.network import NetworkTraining
 from library.options import make_options
-from library.progress import REDACTED, _tracker_arguments, tracker_config
-from library.train_util import Precision, Run, StepPlan, make_accelerator, resolve_seed
+from library.progress import REDACTED, RunLog, _tracker_arguments, tracker_config
+from library.train_util import Precision, Run, StepOutcome, StepPlan, make_accelerator, resolve_seed
 from library.training_loop import is_sample_epoch, is_sample_step
 from library.training_state import Position, SavedProgress
 from tests.golden import FOLDER, golden_run
@@ -279,7 +282,49 @@ def test_samples_are_due_every_so_many_steps_or_epochs():
     assert due(is_sample_step, **both) == [] and due(is_sample_epoch, **both) == [2, 4, 6]
 
 
+def test_samples_show_what_would_be_saved_and_not_what_is_being_trained(tmp_path, fresh_process):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 2 --d 7\n")
+    run = network_run(
+        tmp_path, optimizer_type="AdamWScheduleFree", lr_scheduler="constant", learning_rate=1e-1,
+        sample_prompts=str(prompts), sample_every_n_steps=1,
+    )  # fmt: skip
+    for index in (0, 1, 0):
+        run.step(**batch_of(run, index), sync=True)
+    sampler = TrainingSampler(run.options, accelerator=run.accelerator)
+    out = training_loop.Outputs(saver=None, sampler=sampler, log=None)
+    training_loop.sample(run, out, epoch=None, step=1, is_due=False)
+    assert not (tmp_path / "sample").exists()
+    training_loop.sample(run, out, epoch=None, step=1, is_due=True)
+    assert run.method.network.training
+    with run.inference():
+        sampler.draw(run.method.family, epoch=None, step=2)
+    sampler.draw(run.method.family, epoch=None, step=3)
+    files = sorted((tmp_path / "sample").iterdir())
+    sample, saved, training = (numpy.asarray(Image.open(path), dtype=float) for path in files)
+    assert abs(sample - saved).max() <= 2 < abs(training - saved).max()  # averages are kept to a rounding
+
+
 # --- logs and files ----------------------------------------------------------------------------------------------
+def log_of(run: Run, group_names: list[str]) -> RunLog:
+    return RunLog(run, group_names, "network_train", total=10, done=0)
+
+
+def test_the_bar_counts_optimizer_steps_and_shows_the_average_loss_and_the_limited_norms(
+    tmp_path, fresh_process, capsys
+):
+    run = network_run(tmp_path)
+    log = log_of(run, ["unet"])
+    limited = {"max_norm/keys_scaled": 3.0, "norm/avg_key_norm": 0.5}
+    for batch, (loss, synced, scalars) in enumerate([(1.0, False, {}), (0.5, True, limited), (0.75, False, {})]):
+        run.losses.add(batch=batch, loss=loss, is_first_epoch=True)
+        log.batch(StepOutcome(loss, scalars=scalars), synced=synced)
+    log.close()
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert "steps:" in shown and "1/10" in shown
+    assert "avr_loss=0.75" in shown and "Keys Scaled=3" in shown and "Average key norm=0.5" in shown
+
+
 def test_a_tracker_gets_the_options_but_no_secret_and_no_path():
     secret = {
         "wandb_api_key": "key-1",

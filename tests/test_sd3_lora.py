@@ -63,6 +63,12 @@ def test_modules_of_full_size_models_have_the_published_names_in_order(kind):
         assert tuple(adapter.lora_up.weight.shape) == (entry["out"], 4)
 
 
+@pytest.mark.parametrize(("asked", "expected"), [((None, None), (4, 1.0)), ((6, None), (6, 1.0)), ((2, 3), (2, 3.0))])
+def test_rank_and_alpha_are_as_asked_for_or_four_and_one(family, asked, expected):
+    network = lora_sd3.create_network(1.0, *asked, None, family.network_text_encoders(), family.denoiser)
+    assert {(adapter.lora_dim, float(adapter.alpha)) for adapter in network.adapters} == {expected}
+
+
 def test_t5_is_adapted_only_on_request(family):
     plain, with_t5 = create(family), create(family, train_t5xxl="True")
     added = {adapter.lora_name for adapter in with_t5.adapters} - {adapter.lora_name for adapter in plain.adapters}
