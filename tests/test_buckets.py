@@ -166,6 +166,11 @@ def test_images_without_extent_are_refused(size: tuple[int, int], kind: dict[str
         Bucketing((512, 512), **kind).place(size)
 
 
+def test_the_smallest_image_has_a_place() -> None:
+    assert Bucketing((512, 512)).place((1, 1)).resized == (512, 512)
+    assert Bucketing((512, 512), enabled=True).place((1, 1)).bucket == (512, 512)
+
+
 def test_exact_size_beats_a_nearer_earlier_ratio() -> None:
     assert buckets.choose_bucket((512, 1024), [(256, 512), (512, 1024)]) == (512, 1024)
     assert buckets.choose_bucket((300, 600), [(256, 512), (512, 1024)]) == (256, 512)
