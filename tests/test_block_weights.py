@@ -94,6 +94,18 @@ def test_a_block_rank_of_zero_skips_the_block():
     assert len(network.unet_loras) == 192 - 12
 
 
+def test_alphas_of_blocks_have_no_effect_without_their_ranks(caplog):
+    alphas = {"block_alphas": ",".join(["3"] * 25)}
+    with caplog.at_level(logging.WARNING):
+        network = lora.create_network(1.0, 4, 1.0, None, hosts.ClipEncoder(), hosts.sd_unet(), **alphas)
+    assert {float(adapter.alpha) for adapter in network.adapters} == {1.0}
+    assert "without effect unless block_dims is given: block_alphas" in caplog.text
+    with_ranks = lora.create_network(
+        1.0, 4, 1.0, None, hosts.ClipEncoder(), hosts.sd_unet(), block_dims=",".join(["2"] * 25), **alphas
+    )
+    assert {(adapter.lora_dim, float(adapter.alpha)) for adapter in with_ranks.unet_loras} == {(2, 3.0)}
+
+
 @pytest.mark.parametrize("arguments", [{"block_dims": "4,4"}, {"block_dims": "a" + ",4" * 24}, {"mid_lr_weight": "x"}])
 def test_bad_block_arguments_name_the_argument(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
