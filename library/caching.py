@@ -148,5 +148,5 @@ class CacheRepair:
         if family.text_identity != self._group.text_encoders:
             return False
         encode = caption_encoder(family, self._method.tokenize, "cpu")
-        with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             return remake_text_outputs(self._group, path, encode)

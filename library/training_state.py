@@ -220,11 +220,10 @@ def _load_optimizer(folder: Path, number: int, optimizer: torch.optim.Optimizer)
 def _load_weights(folder: Path, trainable: nn.Module) -> None:
     saved = load_tensors(folder / MODEL_FILE)
     expected = trainable.state_dict().keys()
-    if saved.keys() != expected:  # a state of the reference holds the network alone, without our leading name
-        prefixes = {name.split(".", 1)[0] for name in expected}
-        if len(prefixes) == 1:
-            prefix = prefixes.pop()
-            saved = {f"{prefix}.{name}": tensor for name, tensor in saved.items()}
+    prefixes = {name.split(".", 1)[0] for name in expected}
+    if len(prefixes) == 1 and prefixes.isdisjoint(name.split(".", 1)[0] for name in saved):
+        prefix = prefixes.pop()  # a state of the reference holds the network alone, without our leading name
+        saved = {f"{prefix}.{name}": tensor for name, tensor in saved.items()}
     missing, unexpected = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
     if missing or unexpected:
         raise ValueError(

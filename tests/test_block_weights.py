@@ -64,6 +64,28 @@ def test_a_list_that_is_too_long_is_cut_with_a_warning(is_sdxl, length, caplog):
     assert result.count(0.5) == (9 if is_sdxl else 12)
 
 
+def test_a_list_that_is_too_short_is_filled_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert lora.parse_block_lr_kwargs(False, {"down_lr_weight": ",".join(["0.5"] * 12)}) == [0.5] * 12 + [1.0] * 13
+        assert not caplog.records
+        assert lora.parse_block_lr_kwargs(False, {"down_lr_weight": ",".join(["0.5"] * 10)}) == [0.5] * 10 + [1.0] * 15
+    assert "down_lr_weight has 10 values; the other 2 are 1.0" in caplog.text
+
+
+def test_convolutions_have_lists_of_their_own():
+    ranks, alphas = ",".join(str(index + 1) for index in range(25)), ",".join(str(index / 2) for index in range(25))
+    network = lora.create_network(
+        1.0, 4, 1.0, None, hosts.ClipEncoder(), hosts.sd_unet(), block_dims=",".join(["2"] * 25),
+        conv_block_dims=ranks, conv_block_alphas=alphas,
+    )  # fmt: skip
+    spatial = [item for item in network.unet_loras if item.lora_down.weight.shape[2:] == (3, 3)]
+    assert spatial and len(spatial) < len(network.unet_loras)
+    for adapter in spatial:
+        index = lora.get_block_index(adapter.lora_name)
+        assert (adapter.lora_dim, float(adapter.alpha)) == (index + 1, index / 2)
+    assert {item.lora_dim for item in network.unet_loras if item not in spatial} == {2}
+
+
 def test_a_factor_of_zero_removes_the_modules_of_its_block():
     network = lora.create_network(
         1.0, 4, 1.0, None, hosts.ClipEncoder(), hosts.sd_unet(), down_lr_weight="zeros", mid_lr_weight="0.5"
@@ -79,11 +101,14 @@ def test_block_ranks_and_alphas_apply_per_block_and_kind():
         1.0, 4, 1.0, None, hosts.ClipEncoder(), hosts.sd_unet(), block_dims=ranks, conv_dim="3", conv_alpha="1.5"
     )
     assert {adapter.lora_dim for adapter in network.text_encoder_loras} == {4}
+    kinds = set()
     for adapter in network.unet_loras:
         is_spatial = adapter.lora_down.weight.dim() == 4 and adapter.lora_down.weight.shape[-1] == 3
+        kinds.add(is_spatial)
         index = lora.get_block_index(adapter.lora_name)
         assert adapter.lora_dim == (3 if is_spatial else index + 1)
         assert float(adapter.alpha) == (1.5 if is_spatial else 1.0)
+    assert kinds == {False, True}
 
 
 def test_a_block_rank_of_zero_skips_the_block():
@@ -92,6 +117,18 @@ def test_a_block_rank_of_zero_skips_the_block():
     network = lora.create_network(1.0, 4, 1.0, None, hosts.ClipEncoder(), hosts.sd_unet(), block_dims=",".join(ranks))
     assert not any("mid_block" in adapter.lora_name for adapter in network.unet_loras)
     assert len(network.unet_loras) == 192 - 12
+
+
+def test_alphas_of_blocks_have_no_effect_without_their_ranks(caplog):
+    alphas = {"block_alphas": ",".join(["3"] * 25)}
+    with caplog.at_level(logging.WARNING):
+        network = lora.create_network(1.0, 4, 1.0, None, hosts.ClipEncoder(), hosts.sd_unet(), **alphas)
+    assert {float(adapter.alpha) for adapter in network.adapters} == {1.0}
+    assert "without effect unless block_dims is given: block_alphas" in caplog.text
+    with_ranks = lora.create_network(
+        1.0, 4, 1.0, None, hosts.ClipEncoder(), hosts.sd_unet(), block_dims=",".join(["2"] * 25), **alphas
+    )
+    assert {(adapter.lora_dim, float(adapter.alpha)) for adapter in with_ranks.unet_loras} == {(2, 3.0)}
 
 
 @pytest.mark.parametrize("arguments", [{"block_dims": "4,4"}, {"block_dims": "a" + ",4" * 24}, {"mid_lr_weight": "x"}])

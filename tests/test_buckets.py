@@ -154,6 +154,23 @@ def test_adjusted_limits_are_multiples_around_the_given_ones(a: int, b: int, low
     assert new_low <= min(a, b) and max(a, b) <= new_high
 
 
+def test_limits_below_one_step_are_no_bucket_sizes() -> None:
+    usual = buckets.bucket_sizes((512, 512), minimum=64, maximum=1024, step=64)
+    assert buckets.bucket_sizes((512, 512), minimum=0, maximum=1024, step=64) == usual
+
+
+@pytest.mark.parametrize("size", [(0, 64), (64, 0), (0, 0), (-1, 64)])
+@pytest.mark.parametrize("kind", [{}, {"enabled": True}, {"enabled": True, "no_upscale": True}], ids=str)
+def test_images_without_extent_are_refused(size: tuple[int, int], kind: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match=f"image size {size[0]}x{size[1]} is not usable"):
+        Bucketing((512, 512), **kind).place(size)
+
+
+def test_the_smallest_image_has_a_place() -> None:
+    assert Bucketing((512, 512)).place((1, 1)).resized == (512, 512)
+    assert Bucketing((512, 512), enabled=True).place((1, 1)).bucket == (512, 512)
+
+
 def test_exact_size_beats_a_nearer_earlier_ratio() -> None:
     assert buckets.choose_bucket((512, 1024), [(256, 512), (512, 1024)]) == (512, 1024)
     assert buckets.choose_bucket((300, 600), [(256, 512), (512, 1024)]) == (256, 512)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,16 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from library.caching import CacheRepair, fill_text_caches, text_encoding
+from library.data.cache import CacheOptions, cache_latents
 from library.data.loader import BatchLoader
 from library.data.records import Batch
-from library.training_loop import CacheRepair
+from library.launch import resolve
+from library.methods.network import NetworkTraining
+from library.options import make_options
+from library.train_util import Precision
+from tests import flux_tiny, sd3_tiny, sdxl_tiny
 from tests.golden import FOLDER
-from tests.picture_folder import save_pictures
-from tests.training import TOKENIZERS, run_script, write_config
-
-pytestmark = pytest.mark.slow  # trains often; `--quick` leaves it out
+from tests.picture_folder import dataset_config, group_of, records_of, save_pictures
+from tests.training import TOKENIZERS, clean_process, run_script, write_config
 
 MODELS = FOLDER / "models"
 SDXL: list[str | Path] = ["--pretrained_model_name_or_path", MODELS / "sdxl_tiny.safetensors"]
@@ -71,6 +77,7 @@ def spoil_after_first_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callab
     return install
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_goes_on_with_the_same_result(
     workers: int, dataset: Path, caplog: pytest.LogCaptureFixture,
@@ -100,6 +107,7 @@ def test_training_goes_on_with_the_same_result(
             assert {"identity"} <= set(file.files)
 
 
+@pytest.mark.slow
 def test_encoders_that_cannot_be_had_again_end_the_run_with_the_file_named(
     dataset: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path,
     spoil_after_first_batch: Callable[[Callable[[], None]], None],
@@ -120,29 +128,67 @@ def test_encoders_that_cannot_be_had_again_end_the_run_with_the_file_named(
     assert "_te_outputs.npz: the cache is spoilt (" in capsys.readouterr().err
 
 
-def test_repair_leaves_the_random_numbers_of_the_run_alone(dataset: Path) -> None:
-    from accelerate import Accelerator
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """No accelerator of another test before, none of this test after it."""
+    with clean_process():
+        yield
 
-    from library.data.cache import CacheOptions, cache_latents
-    from library.families.sdxl import StableDiffusionXL
-    from library.methods.network import NetworkTraining
-    from library.options import make_options
-    from tests.picture_folder import dataset_config, group_of, records_of
 
-    family = StableDiffusionXL(
-        make_options(pretrained_model_name_or_path=str(SDXL[1]), tokenizer_cache_dir=str(TOKENIZERS))
-    )
-    family.parts = frozenset({"vae"})
-    family.load(weight_dtype=torch.float32, vae_dtype=torch.float32, device="cpu")
-    pictures = sorted((dataset.parent / "pictures").glob("*.png"))
+# --- one file -------------------------------------------------------------------------------------------------
+FILES: dict[str, dict[str, Path]] = {
+    "sdxl": {"pretrained_model_name_or_path": sdxl_tiny.MODEL},
+    "flux": {"pretrained_model_name_or_path": flux_tiny.TRANSFORMER, **flux_tiny.FILES},
+    "sd3": {**sd3_tiny.FILES},
+}  # fmt: skip
+
+
+def arrays_in(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return {key: file[key] for key in file.files}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("name", "precision"), [("sdxl", "bf16"), ("flux", "bf16"), ("sd3", "no"), ("sd3", "bf16")])
+def test_a_file_is_made_anew_as_it_was_without_random_numbers_of_the_run(
+    name: str, precision: str, tmp_path: Path
+) -> None:
+    options = make_options(**{
+        **{key: str(path) for key, path in FILES[name].items()}, "tokenizer_cache_dir": str(TOKENIZERS),
+        "mixed_precision": precision, "cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True,
+    })  # fmt: skip
+    family = resolve(importlib.import_module(f"{name}_train_network").SCRIPT.family)(options)
+    method, accelerator = NetworkTraining(options, family), Accelerator(cpu=True, mixed_precision=precision)
+    dtype = Precision.from_options(options).weight
+    family.load(weight_dtype=dtype, vae_dtype=torch.float32, device="cpu")
+    pictures = save_pictures(tmp_path, [(64, 64)])
     group = group_of((dataset_config(resolution=(64, 64)), records_of(pictures)), spec=family.latent)
-    options = CacheOptions(to_disk=True, vae_identity=family.vae_identity)
-    cache_latents(group, family.encode_images, spec=family.latent, options=options)
-    repair = CacheRepair(NetworkTraining(family.options, family), group, Accelerator(cpu=True))
-    [path, *_] = sorted(pictures[0].parent.glob("*_sdxl.npz"))
-    spoil(path)
-    before = torch.get_rng_state()
-    assert repair(path)
+    cache_latents(
+        group, family.encode_images, spec=family.latent,
+        options=CacheOptions(to_disk=True, vae_identity=family.vae_identity),
+    )
+    with text_encoding(family, accelerator):
+        fill_text_caches(options, family, method.tokenize, group, accelerator)
+    repair = CacheRepair(method, group, accelerator)
+    latents, text = sorted(tmp_path.glob("*.npz"), key=lambda path: "_te" in path.name)
+    torch.manual_seed(3)
+    before, whole = torch.get_rng_state(), {path: arrays_in(path) for path in (latents, text)}
+    for path in whole:
+        spoil(path)
+        assert repair(path)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not repair(pictures[0].with_name("nothing.npz"))
-    assert sum(len(batch) for batch in BatchLoader(group).epoch(1)) == 3
+    assert not repair(tmp_path / "nothing.npz")
+    again = arrays_in(text)
+    assert again.keys() == whole[text].keys()
+    assert all(np.array_equal(again[key], array) for key, array in whole[text].items())
+    assert arrays_in(latents).keys() == whole[latents].keys()  # latents have other noise of the VAE
+    (batch,) = BatchLoader(group).epoch(1)
+    assert batch.latents is not None and batch.text_outputs is not None
+
+
+@pytest.mark.usefixtures("alone")
+def test_text_that_is_not_cached_is_not_made_anew(tmp_path: Path) -> None:
+    family = sdxl_tiny.sdxl_family()
+    group = group_of((dataset_config(resolution=(64, 64)), records_of(save_pictures(tmp_path, [(64, 64)]))))
+    repair = CacheRepair(NetworkTraining(family.options, family), group, Accelerator(cpu=True))
+    assert not repair(tmp_path / "a0_sdxl_te_outputs.npz")

@@ -90,6 +90,11 @@ def is_near(count: int, probability: float) -> bool:
             {"shuffle_caption": True, "secondary_separator": ";;;"},
             {"x, sky,cloud": 0.5, "sky,cloud, x": 0.5},
         ),
+        (
+            "x| sky;;;cloud",
+            {"shuffle_caption": True, "secondary_separator": ";;;", "caption_separator": "|"},
+            {"x, sky|cloud": 0.5, "sky|cloud, x": 0.5},
+        ),
     ],
 )
 def test_random_steps_have_their_probabilities(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -426,6 +427,11 @@ def test_sizes_that_are_no_whole_latents_are_refused() -> None:
     group = group_of((dataset_config(resolution=(72, 72), enable_bucket=False), [bare_record(0, (100, 100))]))
     with pytest.raises(UserError, match="multiples of 16"):
         group.check_bucket_sizes(16)
+    sides = [(400, 100), (100, 400), (100, 100), (300, 100), (100, 300), (200, 100), (100, 200)]
+    with pytest.raises(UserError) as caught:
+        group_of((odd, [bare_record(number, size) for number, size in enumerate(sides)]))
+    named = re.findall(r"(\d+)x(\d+)", str(caught.value))
+    assert len(named) > 4 and named == sorted(named, key=lambda size: (int(size[0]), int(size[1])))
 
 
 def test_face_crop_with_buckets_is_refused() -> None:

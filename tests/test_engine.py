@@ -420,6 +420,64 @@ def test_the_vae_decodes_in_its_own_dtype() -> None:
     assert dtypes == [torch.float16]
 
 
+def test_a_vae_without_weights_decodes_what_the_sampler_gives() -> None:
+    family = GaussianFamily()
+    (usual,) = images_of(family, request(steps=2))
+    family.vae = torch.nn.Identity()
+    (other,) = images_of(family, request(steps=2))
+    assert usual.tobytes() == other.tobytes()
+
+
+def test_text_encoders_and_vae_are_moved_while_they_are_used_and_back_again(tmp_path: Path) -> None:
+    places: list[tuple[str, str, str]] = []
+
+    class Watching(GaussianFamily):
+        def note(self, what: str) -> None:
+            modules = self.text_encoders[0], self.vae
+            places.append((what, *(next(module.parameters()).device.type for module in modules)))
+
+        def encode_prompts(self, *args: Any, **kwargs: Any) -> Any:
+            self.note("text")
+            return super().encode_prompts(*args, **kwargs)
+
+        def encode_images(self, *args: Any) -> Tensor:
+            self.note("picture")
+            return super().encode_images(*args)
+
+        def predict(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.note("step")
+            return super().predict(*args, **kwargs)
+
+        def decode_latents(self, latents: Tensor) -> Tensor:
+            self.note("pixels")
+            return super().decode_latents(latents)
+
+    family = Watching()
+    for module in (family.text_encoders[0], family.vae):
+        module.to("meta")  # the only other device that there is everywhere; nothing can be copied from it
+        module.to = lambda device, moved=module: moved.to_empty(device=device)
+    Image.new("RGB", (128, 128)).save(tmp_path / "start.png")
+    images_of(family, request(steps=2, init_image=str(tmp_path / "start.png"), strength=0.5))
+    assert {what: (text, vae) for what, text, vae in places} == {
+        "text": ("cpu", "meta"), "picture": ("meta", "cpu"), "step": ("meta", "meta"), "pixels": ("meta", "cpu"),
+    }  # fmt: skip
+    assert {next(module.parameters()).device.type for module in (family.text_encoders[0], family.vae)} == {"meta"}
+
+
+def test_a_picture_that_is_broken_in_one_place_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    class Speck(GaussianFamily):
+        def decode_latents(self, latents: Tensor) -> Tensor:
+            pixels = super().decode_latents(latents)
+            pixels[0, :, 3, 5] = math.inf
+            pixels[0, :, 3, 6] = math.nan
+            return pixels
+
+    (image,) = images_of(Speck(), request(steps=1))
+    (record,) = caplog.records
+    assert "NaN or infinite pixels" in record.message
+    assert image.getpixel((6, 3)) == (0, 0, 0) and image.getextrema() != ((0, 0),) * 3
+
+
 def broken(part: str) -> GaussianFamily:
     """A family one part of which gives, or consists of, NaN."""
 

@@ -213,6 +213,9 @@ def test_unknown_arguments_are_refused_with_the_nearest_but_not_dropout(models, 
         make(models, img_attn_dim="4")
     make(models, dropout=None)
     assert "--network_dropout" not in caplog.text
+    network = make(models, dropout="0.3")
+    assert "networks.lora ignores the network argument dropout; use --network_dropout" in caplog.text
+    assert {adapter.dropouts for adapter in network.adapters} == {Dropouts()}
 
 
 @pytest.mark.parametrize("argument", ["rank_dropout", "module_dropout"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from library.checkpoints import layout_unet
 from networks import lora
+from networks.naming_unet import place_in_diffusers, place_in_original
 from networks.targets import find_targets
 from tests import network_hosts as hosts
 
@@ -145,3 +148,26 @@ def test_a_model_without_target_layers_is_an_error():
         lora.create_network(1.0, 4, 1.0, None, hosts.ClipEncoder(), nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="CLIPAttention"):
         lora.create_network(1.0, 4, 1.0, None, nn.Linear(4, 4), hosts.sd_unet())
+
+
+# --- checkpoints' names --------------------------------------------------------------------------------------
+def flat_names(keys: Mapping[str, str]) -> dict[str, str]:
+    """Layers with underscores, of weights under two names."""
+    return {one.removesuffix(".weight").replace(".", "_"): two.removesuffix(".weight").replace(".", "_")
+            for one, two in keys.items() if one.endswith(".weight")}  # fmt: skip
+
+
+def test_layers_of_sd_files_are_known_by_the_names_of_checkpoints(sd15):
+    pairs = flat_names(layout_unet.names_to_original(sd15[1].state_dict()))
+    assert len(pairs) > 300
+    for ours, original in pairs.items():
+        place = place_in_diffusers(original)
+        assert place is not None and place.layer == ours, original
+
+
+def test_layers_of_sdxl_files_are_known_by_the_names_of_diffusers(sdxl):
+    pairs = flat_names(layout_unet.names_to_diffusers(sdxl[1].state_dict()))
+    assert len(pairs) > 800
+    for ours, theirs in pairs.items():
+        place = place_in_original(theirs)
+        assert place is not None and place.layer == ours, theirs

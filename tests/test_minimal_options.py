@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library import tool_launch
+from library.families.minimal import dtype_of, wide_dtype
 from library.options.declare import specs_of
 from networks import lora_flux, lora_sd3
 from tests import flux_tiny, sd3_tiny, sdxl_tiny
@@ -207,6 +208,28 @@ def test_prompts_from_the_keyboard(
 def test_every_option_has_a_row(script: str) -> None:
     options = importlib.import_module(script).TOOL.options
     assert sorted(TABLES[script]) == sorted(spec.name for spec in specs_of(options))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        (torch.float32, ("fp32", "float32", "float")),
+        (torch.float16, ("fp16", "float16", "FP16")),
+        (torch.bfloat16, ("bf16", "bfloat16", "BF16")),
+        (torch.float8_e4m3fn, ("fp8", "fp8_e4m3fn", "float8_e4m3fn")),
+    ],
+    ids=str,
+)
+def test_number_formats_have_all_their_usual_names(dtype: torch.dtype, words: tuple[str, ...]) -> None:
+    for word in words:
+        assert dtype_of(word, "--dtype") == dtype
+        if dtype is torch.float8_e4m3fn:
+            with pytest.raises(ValueError, match=f"--ae_dtype {word}: 8-bit weights are not supported here; use bf16"):
+                wide_dtype(word, "--ae_dtype")
+        else:
+            assert wide_dtype(word, "--ae_dtype") == dtype
+    with pytest.raises(ValueError, match="--dtype fp64: allowed are fp32, "):
+        dtype_of("fp64", "--dtype")
 
 
 # --- what files record, and what has no effect ----------------------------------------------------------------

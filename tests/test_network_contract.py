@@ -119,6 +119,9 @@ def test_generation_passes_files_by_path_and_tensors_by_position(third_party, we
         ("create_network_from_weights", (0.7, str(weights_file), *models), {"for_inference": True, "x": "y"}),
         ("create_network_from_weights", (0.6, None, *models, tensors, True), {}),
     ]
+    contract.create_for_generation("third_party_net", weights_file, MODELS)
+    contract.create_from_tensors("third_party_net", tensors, MODELS)
+    assert [arguments[0] for _, arguments, _ in third_party.calls[2:]] == [1.0, 1.0], "full strength is the default"
 
 
 def test_apply_passes_both_flags(third_party):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from networks.recognition import describe, family_in
+from networks.recognition import check_kind, describe, family_in
 
 CLIP_G = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"
 
@@ -97,3 +97,24 @@ def test_text_encoders_alone_are_known_by_our_name_for_the_only_one() -> None:
 ])  # fmt: skip
 def test_metadata_names_the_family(said: dict[str, str], family: str | None) -> None:
     assert family_in(said) == family
+
+
+@pytest.mark.parametrize(("keys", "family", "said"), [
+    (["q.weight"], "sd", "is no network file"),
+    (["lora_unet_mid_block_q.hada_w1_a"], None, "is a LoHa, which cannot be.* lycoris.kohya"),
+    (["lora_unet_mid_block_q.oft_blocks"], "sd", "is an OFT, which cannot be.* lycoris.kohya"),
+    (["unet.mid_block.q.dora_scale"], "sd", "is a DoRA, which cannot be.* merge it into the model with the program"),
+    (["lllite_unet_q.down.0.weight"], "sdxl", "is a ControlNet-LLLite for SDXL, .* a control network, not a LoRA"),
+    (["lora_unet_joint_blocks_0_q.hada_w1_a"], "flux",
+     r"is a LoHa for Stable Diffusion 3 or 3\.5; the model here is FLUX\.1\. Use it with sd3_train_network\.py or "
+     r"sd3_minimal_inference\.py \(--network_module networks\.lora_sd3\)"),
+])  # fmt: skip
+def test_what_cannot_be_used_here_is_said_with_what_can_use_it(keys: list[str], family: str | None, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"^the file {said}"):
+        check_kind(describe(keys), family, source="the file")
+
+
+@pytest.mark.parametrize("family", ["sd", None])
+def test_a_plain_lora_is_used_where_its_family_or_the_models_is_not_known(family: str | None) -> None:
+    check_kind(describe(["lora_unet_mid_block_q.lora_down.weight"]), family, source="the file")
+    check_kind(describe(["lora_unet_down_blocks_0_attentions_0_q.lora_down.weight"]), family, source="the file")

@@ -268,6 +268,26 @@ def test_flow_refuses_the_snr_schedule_and_names_what_works() -> None:
     assert FlowConfig(huber=HuberConfig.from_options(LossOptions(loss_type="l2"))).huber is None
 
 
+def test_shifts_and_thresholds_are_greater_than_zero() -> None:
+    for value in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="must be greater than 0"):
+            FlowConfig(shift=value)
+        with pytest.raises(ValueError, match="must be greater than 0"):
+            HuberConfig(c=value)
+    FlowConfig(shift=1e-6), HuberConfig(c=1e-6)
+
+
+@pytest.mark.parametrize("kind", TIMESTEP_SAMPLING)
+@pytest.mark.parametrize(("limit", "value", "low", "high"), [("min", 900, 900, 1000), ("max", 100, 0, 100)])
+def test_a_timestep_range_may_be_open(kind: str, limit: str, value: int, low: int, high: int) -> None:
+    torch.manual_seed(0)
+    config = FlowConfig(timestep_sampling=kind, **{f"{limit}_timestep": value})
+    timesteps = RectifiedFlow(config).sample_timesteps(200, (64, 64), "cpu").timesteps
+    assert low <= timesteps.min() < low + 40 and high - 40 < timesteps.max() <= high
+    drawn = DdpmObjective(DdpmConfig(**{f"{limit}_timestep": value})).sample_timesteps(500, (8, 8), "cpu").timesteps
+    assert low <= drawn.min() < low + 10 and high - 10 < drawn.max() < high
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -323,6 +343,21 @@ def test_noise_keeps_the_dtype_of_the_latents() -> None:
     config = NoiseConfig(0.1, True, 0.1, 2, 0.3, 0.1, True)
     noise = draw_noise(latents, config)
     assert noise.dtype == perturb(noise, config).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("objective", [DdpmObjective(DdpmConfig()), RectifiedFlow(FlowConfig())])
+def test_a_random_strength_is_drawn_before_the_noise_of_ddpm_models_and_after_that_of_flow_models(
+    objective: Objective,
+) -> None:
+    noise, config = randn(2, 4, 8, 8), NoiseConfig(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True)
+    torch.manual_seed(3)
+    found = perturb(noise, config, draws_strength_last=objective.draws_strength_last)
+    torch.manual_seed(3)
+    if isinstance(objective, RectifiedFlow):
+        fresh, strength = torch.randn(2, 4, 8, 8), torch.rand(1)
+    else:
+        strength, fresh = torch.rand(1), torch.randn(2, 4, 8, 8)
+    assert_close(found, noise + 0.5 * strength * fresh, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["ddpm", *TIMESTEP_SAMPLING])

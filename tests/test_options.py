@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from library.options import Options, group_classes, make_options, non_default, read_only_namespace
-from library.options.checks import RANGES, check_options, is_missing_model, is_missing_module, published_by_wandb
+from library.options.checks import (
+    RANGES,
+    adjusted,
+    check_options,
+    is_missing_model,
+    is_missing_module,
+    paths_exist,
+    published_by_wandb,
+    ranges,
+    without_ending,
+)
 from library.options.declare import specs_of, whole_or_fraction
 from library.options.generation import GenerationOptions
 from library.options.not_yet import GENERATION_NOT_YET, NOT_YET, unsupported
@@ -157,6 +168,7 @@ def test_complete_options_have_no_problems_and_no_warnings(tmp_path: Path) -> No
         ({"full_fp16": True}, "--full_fp16 needs --mixed_precision fp16"),
         ({"full_bf16": True, "mixed_precision": "fp16"}, "--full_bf16 needs --mixed_precision bf16 (it is fp16)"),
         ({"fp8_base": True}, "--fp8_base needs"),
+        ({"fp8_base_unet": True}, "--fp8_base_unet needs"),
         ({"scale_v_pred_loss_like_noise_pred": True}, "needs --v_parameterization"),
         ({"v_pred_like_loss": 0.5, "v_parameterization": True}, "cannot be combined with --v_parameterization"),
         ({"adaptive_noise_scale": 0.1}, "needs --noise_offset"),
@@ -167,9 +179,12 @@ def test_complete_options_have_no_problems_and_no_warnings(tmp_path: Path) -> No
         ({"lr_scheduler_type": "torch.absent.Rex"}, "there is no Python module torch.absent; install"),
         ({"adaptive_noise_scale": 0.1, "noise_offset": 0}, "needs --noise_offset"),
         ({"cache_latents": True, "random_crop": True}, "--cache_latents cannot be combined with --random_crop"),
+        ({"cache_latents": True, "color_aug": True, "random_crop": True}, "with --color_aug or --random_crop: cached"),
         ({"sample_every_n_steps": 5}, "sample pictures need --sample_prompts"),
+        ({"sample_every_n_epochs": 1}, "sample pictures need --sample_prompts"),
         ({"sample_at_first": True}, "sample pictures need --sample_prompts"),
         ({"log_with": "tensorboard"}, "--log_with tensorboard needs --logging_dir"),
+        ({"log_with": "all"}, "--log_with all needs --logging_dir"),
         ({"network_module": None}, "--network_module is missing"),
         ({"network_module": "networks.lorra"}, "there is no such Python module"),
         ({"dim_from_weights": True}, "--dim_from_weights needs --network_weights"),
@@ -177,6 +192,7 @@ def test_complete_options_have_no_problems_and_no_warnings(tmp_path: Path) -> No
         ({"base_weights_multiplier": [1.0]}, "more values than --base_weights"),
         ({"network_args": ["conv_dim"]}, "'conv_dim' is not of the form key=value"),
         ({"output_dir": None}, "--output_dir is missing"),
+        ({"output_dir": __file__}, "is a file, not a folder"),
         ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is missing"),
         ({"vae": "nothing.safetensors"}, "--vae: there is no file or folder nothing.safetensors"),
         ({"network_weights": "nothing.pt"}, "--network_weights: there is no file nothing.pt"),
@@ -184,6 +200,11 @@ def test_complete_options_have_no_problems_and_no_warnings(tmp_path: Path) -> No
         ({"resume": "nothing"}, "--resume: there is no folder nothing"),
         ({"sample_prompts": "nothing.txt"}, "--sample_prompts: there is no file nothing.txt"),
         ({"lr_warmup_steps": 10}, "use constant_with_warmup"),
+        ({"lr_warmup_steps": 10, "lr_scheduler": "adafactor"}, "cannot be combined with --lr_scheduler adafactor"),
+        (
+            {"lr_warmup_steps": 10, "lr_scheduler_type": "torch.optim.lr_scheduler.ConstantLR"},
+            "--lr_warmup_steps cannot be combined with --lr_scheduler_type",
+        ),
         ({"train_batch_size": 0}, "--train_batch_size 0 is not allowed: it must be at least 1"),
         ({"seed": 2**32}, "--seed 4294967296"),
         ({"max_timestep": 1001}, "between 0 and 1000"),
@@ -194,6 +215,57 @@ def test_contradiction_is_an_error(tmp_path: Path, values: dict[str, Any], messa
     found = problems(**(complete(tmp_path) | values))
     assert message in found
     assert len(found.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_8bit_adam": True},
+        {"use_lion_optimizer": True},
+        {"fused_backward_pass": True, "optimizer_type": "adafactor", "mixed_precision": "bf16"},
+        {"full_fp16": True, "mixed_precision": "fp16"},
+        {"full_bf16": True, "mixed_precision": "bf16"},
+        {"fp8_base": True, "mixed_precision": "bf16"},
+        {"fp8_base_unet": True, "mixed_precision": "fp16"},
+        {"v_parameterization": True},
+        {"scale_v_pred_loss_like_noise_pred": True, "v_parameterization": True},
+        {"v_pred_like_loss": 0.5},
+        {"v_pred_like_loss": 0.0, "v_parameterization": True},
+        {"adaptive_noise_scale": 0.1, "noise_offset": 0.1},
+        {"min_timestep": 499, "max_timestep": 500},
+        {"min_timestep": 999},
+        {"max_timestep": 1},
+        {"optimizer_type": "torch.optim.AdamW", "lr_scheduler_type": "torch.optim.lr_scheduler.ConstantLR"},
+        {"cache_latents": True, "shuffle_caption": True},
+        {"color_aug": True, "random_crop": True},
+        {"sample_every_n_steps": 5, "sample_prompts": __file__},
+        {"log_with": "tensorboard", "logging_dir": "logs"},
+        {"log_with": "wandb"},
+        {"output_dir": None, "debug_dataset": True},
+        {"output_dir": "a/new/folder"},
+        *(
+            {"lr_warmup_steps": steps} | schedule
+            for steps in (10, 0.1)
+            for schedule in (
+                {"lr_scheduler": "cosine"},
+                {"lr_scheduler": "constant_with_warmup"},
+                {"optimizer_type": "AdamWScheduleFree"},
+                {"optimizer_type": "AdamWScheduleFree", "lr_scheduler_type": "torch.optim.lr_scheduler.ConstantLR"},
+            )
+        ),
+        {"v2": True},
+        {"clip_skip": 2},
+        {"zero_terminal_snr": True, "v_parameterization": True},
+        {"save_last_n_epochs": 2, "save_every_n_epochs": 1},
+        {"save_last_n_epochs": 2, "save_n_epoch_ratio": 4},
+        {"save_last_n_steps": 2, "save_every_n_steps": 1},
+        {"persistent_data_loader_workers": True, "max_data_loader_n_workers": 1},
+    ],
+    ids=str,
+)
+def test_neighbours_of_contradictions_are_fine(tmp_path: Path, values: dict[str, Any]) -> None:
+    values = complete(tmp_path) | values
+    assert (problems(**values), warnings(**values)) == ("", "")
 
 
 def test_all_problems_are_reported_together() -> None:
@@ -208,6 +280,7 @@ def test_all_problems_are_reported_together() -> None:
         ({"zero_terminal_snr": True}, "--zero_terminal_snr without --v_parameterization"),
         ({"save_last_n_epochs": 2}, "--save_last_n_epochs has no effect"),
         ({"save_last_n_steps": 2}, "--save_last_n_steps has no effect"),
+        ({"save_last_n_steps": 2, "save_n_epoch_ratio": 4}, "--save_last_n_steps has no effect"),
         ({"max_train_steps": 50, "max_train_epochs": 1}, "--max_train_steps has no effect together with --max_train_e"),
         ({"save_n_epoch_ratio": 2, "save_every_n_epochs": 1}, "--save_every_n_epochs has no effect together"),
         ({"initial_step": 5, "initial_epoch": 2}, "--initial_epoch has no effect together with --initial_step"),
@@ -260,8 +333,87 @@ def test_with_a_dataset_file_its_subsets_decide_about_caching(tmp_path: Path) ->
     assert problems(**values) == ""
 
 
-def test_ranges_name_options_that_exist() -> None:
-    assert set(RANGES) <= set(Options().flat())
+#: option: values that are allowed, up to its limits; values beyond them
+LIMITS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    **dict.fromkeys(
+        (
+            "train_batch_size", "dataset_repeats", "bucket_reso_steps", "vae_batch_size", "text_encoder_batch_size",
+            "max_train_epochs", "max_train_steps", "gradient_accumulation_steps", "initial_epoch", "clip_skip",
+            "network_dim", "t5xxl_max_token_length", "fused_optimizer_groups", "num_vectors_per_token",
+        ),
+        ((1, 10**6), (0, -1)),
+    ),
+    **dict.fromkeys(
+        (
+            "keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_step", "max_data_loader_n_workers",
+            "initial_step", "multires_noise_iterations", "num_last_block_to_freeze",
+        ),
+        ((0, 10**6), (-1,)),
+    ),
+    **dict.fromkeys(
+        (
+            "learning_rate", "unet_lr", "control_net_lr", "learning_rate_te", "learning_rate_te1", "learning_rate_te2",
+            "learning_rate_te3", "max_grad_norm", "logit_std", "guidance_scale",
+        ),
+        ((0.0, 1e6), (-1e-6, math.nan)),
+    ),
+    **dict.fromkeys(
+        (
+            "caption_dropout_rate", "caption_tag_dropout_rate", "network_dropout", "validation_split",
+            "clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate",
+        ),
+        ((0.0, 1.0), (-1e-6, 1.000001, math.nan)),
+    ),
+    "min_timestep": ((0, 1000), (-1, 1001)),
+    "max_timestep": ((0, 1000), (-1, 1001)),
+    "seed": ((0, 2**32 - 1), (-1, 2**32)),
+    "stop_text_encoder_training": ((-1, 10**6), (-2,)),
+    "cond_emb_dim": ((2, 10**6), (1,)),
+}  # fmt: skip
+
+
+def test_numbers_beyond_their_limits_are_refused_by_name() -> None:
+    assert set(LIMITS) == set(RANGES) | {"max_train_steps"}
+    for name, (allowed, refused) in LIMITS.items():
+        for value in allowed:
+            assert list(ranges(make_options(**{name: value}))) == [], name
+        for value in refused:
+            [found] = ranges(make_options(**{name: value}))
+            assert found.startswith(f"--{name} {value}") and "is not allowed: it must be " in found, found
+    assert list(ranges(make_options(max_train_steps=0, max_train_epochs=2))) == []  # the steps do not count then
+
+
+def test_what_is_named_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    files = ("network_weights", "sample_prompts", "log_tracker_config", "weights", "base_weights")
+    models = ("clip_l", "clip_g", "t5xxl", "ae", "pretrained_model_name_or_path", "vae",
+              "controlnet_model_name_or_path")  # fmt: skip
+    for name in (*files, *models):
+        for path, exists in (("absent", False), ("file", True), ("folder", name in models)):
+            value = [path] if name == "base_weights" else path
+            found = list(paths_exist(make_options(**{name: value})))
+            assert [text.startswith(f"--{name}: there is no file") for text in found] == [True] * (not exists), name
+    for path, exists in (("absent", False), ("file", False), ("folder", True)):
+        assert bool(list(paths_exist(make_options(resume=path)))) != exists
+    assert list(paths_exist(make_options(resume="owner/name", resume_from_huggingface=True))) == []
+
+
+def test_intervals_below_one_are_off_and_negative_ones_are_spoken_about() -> None:
+    what = [f"{verb}_every_n_{unit}" for verb in ("sample", "save", "validate") for unit in ("steps", "epochs")]
+    for name in what:
+        for value in (-1, 0, 1):
+            options, said = adjusted(make_options(**{name: value}))
+            assert options.flat()[name] == (value if value > 0 else None)
+            assert said == ([f"--{name} -1 is less than 1 and therefore off."] if value < 0 else [])
+
+
+def test_names_of_saved_files_lose_the_endings_of_model_files_only() -> None:
+    for ending in (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft", ".SafeTensors"):
+        assert without_ending(f"v1.5{ending}") == "v1.5"
+    for name in ("v1.5", "safetensors", ".ckpt", "model.txt"):
+        assert without_ending(name) == name
 
 
 def test_hub_names_are_told_from_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,3 +451,16 @@ def test_secrets_are_reported_only_with_a_publishing_tracker() -> None:
     secrets, remarks = published_by_wandb(given | {"log_with": "all"})
     assert len(secrets) == 1 and "--wandb_api_key" in secrets[0]
     assert len(remarks) == 1 and "--output_dir" in remarks[0]
+
+
+def test_every_secret_and_every_absolute_path_is_reported_once() -> None:
+    secrets = ("wandb_api_key", "huggingface_token")
+    paths = ("pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir", "conditioning_data_dir",
+             "reg_data_dir", "output_dir", "logging_dir", "config_file", "huggingface_repo_id")  # fmt: skip
+    for name in (*secrets, *paths):
+        found = published_by_wandb({"log_with": "wandb", name: str(Path.cwd())})
+        assert [len(texts) for texts in found] == ([1, 0] if name in secrets else [0, 1]), name
+        assert found[name not in secrets][0].startswith(f"--{name} is on the command line")
+        assert published_by_wandb({"log_with": "tensorboard", name: str(Path.cwd())}) == ([], [])
+    public = {"log_with": "wandb", "huggingface_repo_id": "me/model", "huggingface_repo_visibility": "public"}
+    assert published_by_wandb(public) == ([], [])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.lr_schedulers import create_lr_scheduler
@@ -131,6 +132,46 @@ def test_every_generator_goes_on_where_it_stood(tmp_path: Path) -> None:
     assert drawn() != straight
     put_back(tmp_path / "state", make_parts())
     assert drawn() == straight
+
+
+def test_a_gradient_scaler_goes_on_with_its_scale(tmp_path: Path) -> None:
+    def with_scaler(scale: float) -> TrainingParts:
+        return replace(make_parts(), scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+
+    state = write_state(tmp_path / "scaled", with_scaler(8.0))
+    resumed = put_back(state, with_scaler(2.0))
+    assert resumed.scaler.state_dict()["scale"] == 8.0
+    put_back(state, make_parts())  # a run without one
+    plain = write_state(tmp_path / "plain")
+    assert put_back(plain, with_scaler(2.0)).scaler.state_dict()["scale"] == 2.0
+
+
+def test_each_of_several_optimizers_goes_on(tmp_path: Path) -> None:
+    def with_two() -> TrainingParts:
+        parts = make_parts()
+        options = make_options(learning_rate=1e-2, lr_scheduler="cosine").optimizer
+        created = [create_optimizer(options, [parameter]) for parameter in parts.trainable.parameters()]
+        schedules = [create_lr_scheduler(options, one, num_training_steps=TOTAL) for one in created]
+        return replace(parts, optimizers=[one.optimizer for one in created], lr_schedulers=schedules)
+
+    def train_both(parts: TrainingParts, steps: Sequence[int]) -> TrainingParts:
+        for number, (optimizer, schedule) in enumerate(zip(parts.optimizers, parts.lr_schedulers, strict=True)):
+            for _ in steps[number:]:
+                for parameter in parts.trainable.parameters():
+                    parameter.grad = parameter.detach() * 0.1 + 1
+                optimizer.step()
+                schedule.step()
+        return parts
+
+    straight = train_both(with_two(), range(3))
+    state = write_state(tmp_path / "state", straight)
+    resumed = put_back(state, with_two())
+    rates = [[schedule.get_last_lr() for schedule in parts.lr_schedulers] for parts in (straight, resumed)]
+    assert rates[0] == rates[1] and rates[0][0] != rates[0][1]
+    first, second = (weights(train_both(parts, range(4))) for parts in (straight, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ValueError, match="the state holds 2 optimizers, this run has 1.*--fused_optimizer_groups"):
+        put_back(state, make_parts())
 
 
 # --- with other options ----------------------------------------------------------------------------------------
@@ -386,3 +427,53 @@ def test_states_of_older_versions_and_other_programs_have_no_record(tmp_path: Pa
     put_back(state, make_parts())
     (state / POSITION_FILE).write_text(json.dumps({"current_epoch": 1, "current_step": 3}))
     assert not read_progress(state).is_exact
+
+
+def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    state = write_state(tmp_path / "state")
+    saved = json.loads((state / POSITION_FILE).read_text())
+    (state / POSITION_FILE).write_text(json.dumps({**saved, "format": saved["format"] + 1}))
+    with pytest.raises(ValueError, match=rf"--resume {state}: written by a newer version \(format 2, known: 1\)"):
+        read_progress(state)
+
+
+def test_of_a_state_of_another_program_the_weights_are_used_alone(tmp_path: Path, caplog: Any) -> None:
+    parts = make_parts()
+    train(parts, range(3))
+    state = write_state(tmp_path / "state", parts)
+    (state / POSITION_FILE).write_text(json.dumps({"current_epoch": 1, "current_step": 3}))
+    network = {name.removeprefix("network."): tensor for name, tensor in weights(parts).items()}
+    save_file(network, state / "model.safetensors")
+    rates, before = make_parts().lr_schedulers[0].get_last_lr(), torch.get_rng_state()
+    resumed = make_parts()
+    torch.set_rng_state(before)
+    assert put_back(state, resumed) is resumed
+    assert all(torch.equal(tensor, weights(parts)[name]) for name, tensor in weights(resumed).items())
+    assert not resumed.optimizers[0].state and resumed.lr_schedulers[0].get_last_lr() == rates
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "written by another program: only its weights are used" in caplog.text
+
+
+def test_a_process_without_a_saved_random_state_says_that_its_noise_differs(tmp_path: Path, caplog: Any) -> None:
+    state = write_state(tmp_path / "state")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    parts = make_parts()
+    torch.set_rng_state(before)
+    load_state(state, parts, read_progress(state), rank=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "has no random state of process 1: noise will differ" in caplog.text
+
+
+def test_weights_that_are_missing_unknown_or_of_another_size_are_named(tmp_path: Path) -> None:
+    state = write_state(tmp_path / "my-state")
+    good = weights(make_parts())
+    for content, message in (
+        ({"network.weight": good["network.weight"]}, r"1 weights are missing, e.g. \['network.bias'\]; 0 are unknown"),
+        ({**good, "network.more": torch.zeros(2)}, r"0 weights are missing.*1 are unknown.*network.*more"),
+        ({**good, "network.bias": torch.zeros(3)}, "size mismatch for network.bias"),
+    ):
+        save_file(content, state / "model.safetensors")
+        with pytest.raises(ValueError, match=message) as caught:
+            put_back(state, make_parts())
+        assert str(caught.value).startswith(f"--resume {state}: ") and "\n" not in str(caught.value)

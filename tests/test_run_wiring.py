@@ -325,6 +325,42 @@ def test_the_bar_counts_optimizer_steps_and_shows_the_average_loss_and_the_limit
     assert "avr_loss=0.75" in shown and "Keys Scaled=3" in shown and "Average key norm=0.5" in shown
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rates"),
+    [
+        ("AdamW", {"lr/unet": 1e-3, "lr/text": 1e-3}),
+        ("Prodigy", {"lr/unet": 1e-3, "lr/d*lr/unet": 1e-9, "lr/text": 1e-3, "lr/d*lr/text": 1e-9}),
+        ("DAdaptLion", {"lr/unet": 1e-3, "lr/d*lr/unet": 1e-9, "lr/text": 1e-3, "lr/d*lr/text": 1e-9}),
+    ],
+)
+def test_the_rates_of_every_group_are_logged_and_what_an_optimizer_makes_of_them(
+    optimizer, rates, tmp_path, fresh_process
+):
+    run = network_run(tmp_path, optimizer_type=optimizer, lr_scheduler="constant", learning_rate=1e-3,
+                      unet_lr=None, text_encoder_lr=None)  # fmt: skip
+    assert log_of(run, ["unet", "text"][: len(run.parameter_groups())])._learning_rates() == pytest.approx(rates)
+
+
+def test_a_tracker_that_cannot_write_is_left_alone_and_training_goes_on(
+    tmp_path, fresh_process, caplog, monkeypatch
+):
+    run = network_run(tmp_path, logging_dir=str(tmp_path / "logs"), log_with="tensorboard")
+    log = log_of(run, [str(number) for number in range(len(run.parameter_groups()))])
+    log.scalars({"a": 1.0}, step=1)
+    assert log.has_trackers and not caplog.text
+    calls: list[int] = []
+
+    def full(values: Any, step: int) -> None:
+        calls.append(step)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.accelerator, "log", full)
+    log.batch(StepOutcome(0.5), synced=True)
+    log.scalars({"a": 1.0}, step=3)
+    log.close()
+    assert len(calls) == 1 and caplog.text.count("the logs cannot be written any more, training goes on") == 1
+
+
 def test_a_tracker_gets_the_options_but_no_secret_and_no_path():
     secret = {
         "wandb_api_key": "key-1",

@@ -23,6 +23,10 @@ def test_file_names_are_those_that_users_know(named):
     assert str(names.epoch(3)) == GOLDEN["epoch_3"][named]
     assert str(names.step(50)) == GOLDEN["step_50"][named]
     assert str(names.last()) == GOLDEN["last"][named]
+    stems = [Path(GOLDEN[key][named]).stem for key in ("epoch_3", "step_50", "last")]
+    assert [str(path) for path in (names.epoch_state(3), names.step_state(50), names.last_state())] == [
+        f"{stem}-state" for stem in stems
+    ]
 
 
 def test_expired_epochs_and_steps_match_the_recorded_ones():
@@ -33,6 +37,8 @@ def test_expired_epochs_and_steps_match_the_recorded_ones():
     assert {k: by_step.expired_step(int(k)) for k in steps["by_step"]} == steps["by_step"]
     assert Retention(10, 30).expired_step(50) == 10
     assert Retention(2, 3).expired_epoch(10) == 4
+    for keeps_all in (Retention(None, 3), Retention(2, None), Retention(2, 0)):
+        assert keeps_all.expired_epoch(10) is None and keeps_all.expired_step(10) is None
 
 
 def make_saver(options, folder: Path, events: list[str]) -> Saver:
@@ -98,6 +104,10 @@ def test_step_plan_counts_as_users_know_it():
     assert StepPlan.make(make_options(), 100, 1).epochs == 16
     ratio = StepPlan.make(make_options(max_train_epochs=10), 5, 1)
     assert ratio.save_every_n_epochs(make_options(save_n_epoch_ratio=3, save_every_n_epochs=9)) == 3
+    assert ratio.save_every_n_epochs(make_options(save_n_epoch_ratio=20)) == 1
+    assert ratio.save_every_n_epochs(make_options(save_every_n_epochs=9)) == 9
+    assert ratio.save_every_n_epochs(make_options()) is None
+    assert StepPlan.make(make_options(max_train_steps=41), 10, 1).epochs == 5
 
 
 def test_a_short_last_window_steps_too():
@@ -120,8 +130,25 @@ def test_skipping_keeps_the_step_numbers_and_plain_initial_epoch_restarts_them(c
     with caplog.at_level(logging.WARNING):
         assert starting_position(make_options(initial_epoch=4), plan, None) == Position(epoch=4)
     assert "epoch 4" in caplog.text
-    with pytest.raises(ValueError, match="30"):
-        starting_position(make_options(initial_step=30), plan, None)
+    for step in (-1, 30):
+        with pytest.raises(ValueError, match=f"The starting step {step} must be below the number .*30"):
+            starting_position(make_options(initial_step=step, skip_until_initial_step=True), plan, None)
+    for step, position in ((0, Position()), (29, Position(10, 4, 29))):
+        assert starting_position(make_options(initial_step=step, skip_until_initial_step=True), plan, None) == position
+    both = make_options(initial_epoch=4, initial_step=3, skip_until_initial_step=True)
+    assert starting_position(both, plan, None) == Position(2, 0, 3)
+    assert starting_position(make_options(), plan, None) == Position()
+
+
+def test_a_given_start_counts_more_than_that_of_the_resumed_state_and_says_so(caplog):
+    plan = StepPlan(batches_per_epoch=6, accumulation=2, max_steps=30, epochs=10)
+    progress = SavedProgress(Position(3, 2, 7), seed=1, batches_per_epoch=6)
+    options = make_options(initial_step=4, skip_until_initial_step=True)
+    assert starting_position(options, plan, progress) == Position(2, 2, 4)
+    assert "the step of the resumed state is not used" in caplog.text
+    caplog.clear()
+    assert starting_position(options, plan, None) == Position(2, 2, 4)
+    assert caplog.text == ""
 
 
 def test_resume_continues_exactly_where_the_state_was_written():
@@ -130,6 +157,8 @@ def test_resume_continues_exactly_where_the_state_was_written():
     assert starting_position(make_options(), plan, progress) == Position(3, 2, 7)
     changed_data = SavedProgress(Position(2, 4, 7), seed=1, batches_per_epoch=9)
     assert starting_position(make_options(), plan, changed_data) == Position(3, 2, 7) == plan.position_after(7)
+    weights_alone = SavedProgress(Position(step=7), is_exact=False)
+    assert starting_position(make_options(), plan, weights_alone) == Position()
     with pytest.raises(ValueError, match="30 steps already"):
         starting_position(make_options(), plan, SavedProgress(Position(11, 0, 30), seed=1, batches_per_epoch=6))
 
@@ -142,6 +171,11 @@ def test_the_running_loss_averages_the_last_epoch_of_batches():
     assert recorder.average == 3.0
     recorder.add(batch=0, loss=1.0, is_first_epoch=False)
     assert recorder.average == 1.5
+    given = [1.0, 2.0]
+    resumed = LossRecorder(given)
+    assert resumed.average == 1.5
+    resumed.add(batch=1, loss=4.0, is_first_epoch=False)
+    assert (resumed.average, given) == (2.5, [1.0, 2.0])
     late = LossRecorder()
     late.add(batch=3, loss=5.0, is_first_epoch=False)
     assert late.average == 5.0

@@ -188,6 +188,16 @@ def test_the_main_file_is_written_bit_for_bit_with_trained_encoders_beside_it(tm
     assert_same(text_of(written), text_of(tiny_family()))
 
 
+@pytest.mark.parametrize(
+    ("name", "files"), [("clip_l", {"clip_l", "clip_g"}), ("clip_g", {"clip_l", "clip_g"}), ("t5xxl", {"t5xxl"})]
+)
+def test_an_encoder_that_is_trained_in_part_is_written(name, files, tmp_path):
+    family = tiny_family()
+    next(family.modules.encoders[name].parameters()).requires_grad_(True)
+    family.save(tmp_path / "m.safetensors", layout="safetensors", dtype=None, metadata={})
+    assert {item.stem for item in tmp_path.iterdir()} == {"m", *(f"m_{file}" for file in files)}
+
+
 def test_a_pickled_checkpoint_loads_again_and_adds_its_counters(tiny, tmp_path):
     path, again = tmp_path / "model.ckpt", tmp_path / "again.ckpt"
     tiny.save(path, layout="ckpt", dtype=None, metadata={}, counters=(1, 10))

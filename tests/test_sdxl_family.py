@@ -265,6 +265,18 @@ def test_a_marker_of_pure_noise_is_noticed_in_training(checkpoint, tmp_path, cap
     assert not family.sampling_spec().has_zero_terminal_snr  # training does as its options say
 
 
+@pytest.mark.parametrize("told", [{}, {"v_parameterization": True}], ids=str)
+def test_drawing_takes_pure_noise_from_the_model_and_asks_for_no_option(checkpoint, tmp_path, caplog, told):
+    markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file({**load_file(checkpoint), **markers}, tmp_path / "v.safetensors")
+    family = StableDiffusionXL(sdxl_options(tmp_path / "v.safetensors", **told))
+    family.follows_model = True
+    family.load(weight_dtype=torch.float32, vae_dtype=torch.float32, device="cpu")
+    spec = family.sampling_spec()
+    assert spec.prediction_type == "v_prediction" and spec.has_zero_terminal_snr
+    assert "--zero_terminal_snr" not in caplog.text and "--v_parameterization" not in caplog.text
+
+
 # --- options ---------------------------------------------------------------------------------------------------
 def test_options_that_cannot_work_are_refused_before_loading():
     [problem] = StableDiffusionXL(sdxl_options(v2=True)).check_options()

@@ -28,6 +28,8 @@ def sample() -> dict[str, torch.Tensor]:
         "a.half": half,
         "a.shared": half,
         "b.transposed": torch.randn(4, 7, generator=generator).t(),
+        "c.strided": torch.randn(10, generator=generator)[::2],
+        "c.repeated": torch.randn(1, generator=generator).expand(4),
         "scalar": torch.tensor(4.6),
         "empty": torch.empty(0, 3),
         "ids": torch.arange(5),

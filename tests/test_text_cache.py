@@ -19,7 +19,7 @@ from library.data.dataset import DatasetGroup
 from library.data.loader import BatchLoader
 from library.data.npz_files import CacheError
 from library.data.records import Batch, BatchRequest, TextCacheSpec
-from library.data.text_cache import TextCacheOptions, cache_text_outputs, text_cache_problems
+from library.data.text_cache import TextCacheOptions, cache_text_outputs, remake_text_outputs, text_cache_problems
 from library.options.errors import UserError
 from tests.picture_folder import dataset_config, group_of, records_of, save_pictures
 from tests.training import MODEL, TOKENIZERS
@@ -282,6 +282,45 @@ def test_damage_during_training_names_the_file(pictures: list[Path], encoder: En
         list(batches(target))
 
 
+def test_a_file_that_is_spoilt_again_after_it_was_made_anew_ends_the_run(
+    pictures: list[Path], encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = group(pictures[:1])
+    cache(target, encoder)
+    truncate(file_of(pictures[0]))
+    calls: list[Path] = []
+
+    def remake(path: Path) -> bool:
+        calls.append(path)
+        assert remake_text_outputs(target, path, encoder)
+        truncate(path)
+        return True
+
+    with pytest.raises(CacheError, match=r"a0_clip_te\.npz: the cache is spoilt"):
+        list(BatchLoader(target, remake=remake).epoch(1))
+    assert calls == [file_of(pictures[0])] and caplog.text.count("the cache is made anew") == 1
+
+
+def test_every_spoilt_file_of_a_batch_is_made_anew_before_it_is_served(pictures: list[Path], encoder: Encoder) -> None:
+    target = group(pictures)
+    cache(target, encoder)
+    for picture in pictures:
+        truncate(file_of(picture))
+    loader = BatchLoader(target, remake=lambda path: remake_text_outputs(target, path, encoder))
+    assert sum(len(batch) for batch in loader.epoch(1)) == len(pictures)
+    assert_live(target, encoder)
+    assert not remake_text_outputs(target, pictures[0], encoder)  # no cache file of this data
+
+
+def test_a_file_that_cannot_be_made_anew_ends_the_run(pictures: list[Path], encoder: Encoder) -> None:
+    target = group(pictures)
+    cache(target, encoder)
+    truncate(file_of(pictures[0]))
+    for remake in (None, lambda path: False):
+        with pytest.raises(CacheError, match=r"a0_clip_te\.npz: the cache is spoilt"):
+            list(BatchLoader(target, remake=remake).epoch(1))
+
+
 # --- files of other programs ----------------------------------------------------------------------------------
 def test_foreign_files_are_used_with_one_warning(
     pictures: list[Path], encoder: Encoder, caplog: pytest.LogCaptureFixture
@@ -373,6 +412,23 @@ def test_templates_are_refused(pictures: list[Path]) -> None:
     target.caption_replacements = {"": ["a photo of x", "a picture of x"]}
     (problem,) = text_cache_problems(target)
     assert "templates" in problem
+    for fixed in (["a photo of x"] * 2, "a photo of x"):  # nothing changes
+        target.caption_replacements = {"": fixed}
+        assert text_cache_problems(target) == []
+
+
+@pytest.mark.parametrize("options", [DISK, MEMORY], ids=["disk", "memory"])
+def test_captions_that_are_not_encoded_as_they_are_stored_are_told(
+    pictures: list[Path], encoder: Encoder, options: TextCacheOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "captions are encoded as they are trained"
+    with caplog.at_level(logging.INFO):
+        cache(group(pictures), encoder, options)
+        assert said not in caplog.text
+        target = group(pictures, SubsetConfig(secondary_separator=";;;"))
+        target.datasets[0].records[1].caption = "red;;;green"  # the only one that changes
+        cache(target, encoder, options)
+    assert said in caplog.text
 
 
 def test_outputs_that_are_not_finite_name_the_caption(pictures: list[Path], encoder: Encoder) -> None:

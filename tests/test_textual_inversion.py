@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from library.checkpoints.embeddings import LAYER_KEYS
+from library.families.sd import StableDiffusion
+from library.methods.textual_inversion import TextualInversion
+from library.options import make_options
 from tests.conftest import ROOT
 from tests.embedding_training import batch_of, command_line, start_run, step, train_word
 from tests.generation import difference, generate
@@ -41,6 +45,24 @@ def embeddings_of(*words: str) -> torch.Tensor:
     assert all(len(row) == 1 for row in ids)
     key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
     return load_file(MODEL)[key].float()[[row[0] for row in ids]]
+
+
+# --- captions --------------------------------------------------------------------------------------------------
+def method_for(**options: Any) -> TextualInversion:
+    options = make_options(token_string="mychar", **options)
+    return TextualInversion(options, StableDiffusion(options))
+
+
+def test_templates_replace_whole_captions_and_several_vectors_the_word():
+    assert method_for().caption_replacements == {}
+    assert method_for(num_vectors_per_token=3).caption_replacements == {"mychar": "mychar mychar1 mychar2"}
+    things = method_for(use_object_template=True).caption_replacements
+    assert things.keys() == {""} and len(things[""]) == 27
+    assert {"a photo of a mychar", "a photo of the weird mychar", "a rendition of the mychar"} <= {*things[""]}
+    styles = method_for(use_style_template=True, num_vectors_per_token=2).caption_replacements
+    assert styles.keys() == {""} and len(styles[""]) == 19
+    assert all(caption.endswith(" in the style of mychar mychar1") for caption in styles[""])
+    assert {caption.partition(" in ")[0] for caption in styles[""]} >= {"a painting", "the painting", "a dark painting"}
 
 
 # --- learning --------------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ class StableDiffusion3(AutoencoderFamily):
                 "--cache_text_encoder_outputs cannot be combined with training T5 (train_t5xxl): its cached outputs "
                 "would never change. Remove one of them."
             )
-        has_live_clips = any(trained[:2]) or self.options.full.use_t5xxl_cache_only
+        has_live_clips = any(trained) or self.options.full.use_t5xxl_cache_only
         return [not has_live_clips, not has_live_clips, True]
 
     def release_text_encoders(self, released: Sequence[bool]) -> None:
