@@ -341,9 +341,7 @@ def test_the_rates_of_every_group_are_logged_and_what_an_optimizer_makes_of_them
     assert log_of(run, ["unet", "text"][: len(run.parameter_groups())])._learning_rates() == pytest.approx(rates)
 
 
-def test_a_tracker_that_cannot_write_is_left_alone_and_training_goes_on(
-    tmp_path, fresh_process, caplog, monkeypatch
-):
+def test_a_tracker_that_cannot_write_is_left_alone_and_training_goes_on(tmp_path, fresh_process, caplog, monkeypatch):
     run = network_run(tmp_path, logging_dir=str(tmp_path / "logs"), log_with="tensorboard")
     log = log_of(run, [str(number) for number in range(len(run.parameter_groups()))])
     log.scalars({"a": 1.0}, step=1)
