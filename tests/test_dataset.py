@@ -7,7 +7,7 @@ import pickle
 import random
 import re
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -416,6 +416,22 @@ def test_images_that_fit_no_bucket_are_all_named() -> None:
     with pytest.raises(UserError, match=r"(?s)k0: .*empty bucket.*k2: .*empty bucket") as caught:
         group_of((dataset_config(bucket_no_upscale=True), records))
     assert "k1" not in str(caught.value)
+
+
+def test_every_subset_whose_face_crop_cannot_be_had_is_named() -> None:
+    face = SubsetConfig(face_crop_aug_range=(1.5, 3.0))
+    subsets = (
+        SubsetConfig(location="s0"), replace(face, location="s1"), SubsetConfig(location="s2"),
+        replace(face, location="s3", conditioning_data_dir="c"),
+    )  # fmt: skip
+    records = [bare_record(0, (128, 128))]
+    with pytest.raises(UserError) as caught:
+        group_of((replace(dataset_config(), subsets=subsets), records), (dataset_config(face), records))
+    assert [re.sub(r"face_crop_aug_range( \(s.\))? (has no effect|cannot be combined).*", r"\1 \2", problem).strip()
+            for problem in caught.value.problems] == [
+        "(s1) has no effect", "(s3) has no effect", "(s3) cannot be combined", "has no effect",
+    ]  # fmt: skip
+    group_of((dataset_config(face, enable_bucket=False), records))
 
 
 def test_sizes_that_are_no_whole_latents_are_refused() -> None:

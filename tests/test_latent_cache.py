@@ -441,6 +441,14 @@ def test_processes_share_out_the_files(pictures: list[Path]) -> None:
         assert sum(len(batch) for batch in batches(target)) == 5
 
 
+def test_only_the_first_process_shows_a_bar(pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for rank in (0, 1):
+        cache(group(pictures), rank=rank, world_size=2)
+        shown.append(capsys.readouterr().err)
+    assert "caching latents: 100%" in shown[0] and shown[1] == ""
+
+
 def test_vae_is_compared_only_when_the_run_names_one(pictures: list[Path]) -> None:
     cache(group(pictures[:1]), replace(DISK, vae_identity=""))
     assert counts(cache(group(pictures[:1]))) == (1, 0, 1)

@@ -105,6 +105,7 @@ def test_the_stable_phase_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"lr_scheduler": "Cosin"}, r"Cosin is not supported\. Did you mean cosine\? Choose one"),
         ({"lr_scheduler": "nonsense"}, "nonsense is not supported. Choose one of constant, .*adafactor"),
         ({"lr_scheduler": "greedy"}, "greedy is not supported"),
         ({"lr_scheduler": "linear", "lr_scheduler_args": ("num_cycles=2",)}, "num_cycles is unknown .*it takes none"),
@@ -123,6 +124,34 @@ def test_the_stable_phase_can_be_given() -> None:
 def test_mistakes_are_explained(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         made(**values)
+
+
+def test_pieces_may_be_given_in_any_order_and_the_last_factor_holds_to_the_end() -> None:
+    for rules in ("1:10,0.1:20,0.01", "0.1:20,1:10,0.01"):
+        found = rates(30, lr_scheduler="piecewise_constant", lr_scheduler_args=(f"step_rules='{rules}'",))
+        assert found == pytest.approx([1.0] * 10 + [0.1] * 10 + [0.01] * 10)
+    assert rates(3, lr_scheduler="piecewise_constant", lr_scheduler_args=("step_rules='0.5'",)) == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "last"),
+    [
+        ({"lr_scheduler": "linear"}, 0.0),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3}, 0.0),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_args": ("lr_end=0.25",)}, 0.25),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 5, "lr_scheduler_min_lr_ratio": 0.1}, 0.1),
+        ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 5}, 1.0),
+    ],
+)
+def test_a_schedule_stays_where_it_ended(values: dict[str, Any], last: float) -> None:
+    assert rates(30, total=20, **values)[20:] == pytest.approx([last] * 10)
+
+
+def test_the_timescale_of_inverse_sqrt_is_the_given_one_or_the_warmup_or_ten_thousand() -> None:
+    assert rates(31, lr_scheduler="inverse_sqrt")[30] == pytest.approx((1 + 30 / 10_000) ** -0.5)
+    assert rates(31, lr_scheduler="inverse_sqrt", lr_warmup_steps=10)[30] == pytest.approx((1 + 20 / 10) ** -0.5)
+    given = {"lr_scheduler": "inverse_sqrt", "lr_warmup_steps": 10, "lr_scheduler_timescale": 5}
+    assert rates(31, **given)[30] == pytest.approx((1 + 20 / 5) ** -0.5)
 
 
 def test_every_listed_name_works() -> None:

@@ -329,6 +329,28 @@ def test_different_ranks_need_concatenation(capsys, folder, tmp_path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize("shapes", [((4, 6), (7, 4)), ((4, 5), (8, 4)), ((4, 5, 3, 3), (7, 4, 1, 1))])
+def test_layers_of_different_size_are_refused_with_both_files(shapes: tuple[tuple[int, ...], ...]) -> None:
+    module = LoraModule(torch.randn(4, 5), torch.randn(7, 4), 2.0)
+    other = LoraModule(torch.randn(shapes[0]), torch.randn(shapes[1]), 2.0)
+    loras = [WeightedLora("one.safetensors", {"m": module}, 1.0), WeightedLora("two.safetensors", {"m": other}, 1.0)]
+    for concat in (True, False):
+        with pytest.raises(ValueError, match=r"^m is for layers of different size in one\.safetensors .*two\.s"):
+            merge_loras(loras, concat=concat)
+
+
+@pytest.mark.parametrize("concat", [True, False])
+def test_matrices_and_small_convolutions_are_the_same_layer(concat: bool) -> None:
+    module = LoraModule(torch.randn(4, 5), torch.randn(7, 4), 2.0)
+    as_convolution = LoraModule(module.down[:, :, None, None], module.up[:, :, None, None], 2.0)
+    for first, second in ((module, as_convolution), (as_convolution, module)):
+        loras = [WeightedLora("a", {"m": first}, 0.25), WeightedLora("b", {"m": second}, 0.25)]
+        merged = merge_loras(loras, concat=concat)["m"]
+        assert merged.down.dim() == first.down.dim()
+        factor = 0.5 if concat else 4 * 0.25  # without concatenation cross terms are part of the sum
+        assert torch.allclose(merged.change(), factor * module.change(), atol=1e-5)
+
+
 def test_shuffling_moves_ranks_and_changes_nothing_else() -> None:
     module = LoraModule(torch.randn(8, 5), torch.randn(7, 8), 3.0)
     lora = WeightedLora("a", {"m": module}, 1.0)

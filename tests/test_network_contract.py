@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from networks import contract
@@ -122,6 +123,36 @@ def test_generation_passes_files_by_path_and_tensors_by_position(third_party, we
     contract.create_for_generation("third_party_net", weights_file, MODELS)
     contract.create_from_tensors("third_party_net", tensors, MODELS)
     assert [arguments[0] for _, arguments, _ in third_party.calls[2:]] == [1.0, 1.0], "full strength is the default"
+
+
+class Filled(MinimalNetwork):
+    """A network that may have the values of its file as soon as it is made: one module with two parameters."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        module = nn.Module()
+        module.lora_name = "lora_unet_q"
+        module.first, module.second = (nn.Parameter(value.clone()) for value in weights.values())
+        self.unet_loras = [module]
+
+
+@pytest.mark.parametrize(("change", "is_loaded"), [
+    ({}, False), ({"lora_unet_q.alpha": torch.tensor(1.0)}, False), ({"lora_unet_q.diff": torch.zeros(2, 2)}, True),
+    ({"lora_unet_q.diff_b": torch.zeros(3)}, True), ({"lora_unet_other.diff": torch.ones(2, 2)}, True),
+])  # fmt: skip
+def test_a_file_is_not_loaded_again_into_a_network_that_holds_it(change, is_loaded, third_party, tmp_path, monkeypatch):
+    values = {"lora_unet_q.diff": torch.ones(2, 2), "lora_unet_q.diff_b": torch.ones(2)}
+    monkeypatch.setattr(
+        third_party, "create_network_from_weights", lambda *_, **__: (Filled(values), {**values, **change})
+    )
+    path = tmp_path / "net.safetensors"
+    save_file({**values, **change}, path)
+    for network in (
+        contract.create(NetworkRequest("third_party_net", weights=path), MODELS),
+        contract.create_for_generation("third_party_net", path, MODELS)[0],
+    ):
+        assert contract.load_weights(network, path) == ("loaded" if is_loaded else {})
+        assert network.calls == ([("load_weights", str(path))] if is_loaded else [])
 
 
 def test_apply_passes_both_flags(third_party):

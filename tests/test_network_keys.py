@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from torch import Tensor
 
 from networks.naming import Part, take_apart
-from networks.translation import PeftSettings, settings_in, to_own_names
+from networks.translation import PeftSettings, settings_in, to_own_names, without_cores
 
 TEXT = "text_model.encoder.layers.0.mlp.fc1"
 FLAT_TEXT = TEXT.replace(".", "_")
@@ -133,3 +134,65 @@ def test_an_alpha_in_the_file_counts_more_than_settings() -> None:
                "unet.q.alpha": torch.tensor(3.0), "unet.k.lora_A.weight": torch.ones(4, 4)}  # fmt: skip
     own = to_own_names(weights, "sd", {"": PeftSettings(alpha=5.0)})
     assert (float(own["lora_unet_q.alpha"]), float(own["lora_unet_k.alpha"])) == (3.0, 5.0)
+
+
+# --- layers that are put together or turned --------------------------------------------------------------------
+def peft(layer: str, rank: int = 2, out: int = 4, into: int = 3) -> dict[str, Tensor]:
+    """Random factors of a layer."""
+    return {f"{layer}.lora_A.weight": torch.randn(rank, into), f"{layer}.lora_B.weight": torch.randn(out, rank)}
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_only_a_modulation_of_scale_and_shift_is_turned(family: str) -> None:
+    name = "lora_unet_final_layer_adaLN_modulation_1"
+    for out, is_turned in ((6, True), (18, False)):
+        given = peft("transformer.norm_out.linear", out=out)
+        own = to_own_names(given, family)
+        down, up = given.values()
+        assert torch.equal(own[f"{name}.lora_down.weight"], down)
+        assert torch.equal(own[f"{name}.lora_up.weight"], torch.cat([up[3:], up[:3]]) if is_turned else up)
+    for key, value in given.items():
+        assert [*to_own_names({key: value}, family).values()] == [value], "what is incomplete is left as it is"
+
+
+Q, K = "transformer.single_transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.0.attn.to_k"
+
+
+@pytest.mark.parametrize(("weights", "said"), [
+    ({**peft(Q), **peft(f"lora_unet.{Q.removeprefix('transformer.')}")}, "two keys of the file mean lora_unet_single"),
+    ({**peft("transformer.single_transformer_blocks.0.proj_out"), **peft("lora_unet.single_blocks.0.linear2")},
+     "the file has lora_unet_single_blocks_0_linear2 twice, under different names"),
+    ({**peft(Q), **peft("lora_unet.single_blocks.0.linear1")}, "linear1 twice, under different names"),
+    ({**peft(Q), f"{K}.lora_A.weight": torch.ones(2, 3)}, "to_k is a part of .*linear1, but no complete LoRA"),
+    ({**peft(Q), f"{Q}.lora_magnitude_vector": torch.ones(4)}, "to_q is a part of .*linear1, but no complete LoRA"),
+    ({f"{Q}.lora_A.weight": torch.ones(2, 3), f"{Q}.lora_B.weight": torch.ones(4, 5)},
+     r"\[4, 5\] and \[2, 3\] do not fit"),
+    ({**peft(Q), **peft(K, out=8)}, "the parts of .*linear1 have different sizes"),
+    ({**peft(Q), **peft(K, into=5)}, "the parts of .*linear1 have different sizes"),
+])  # fmt: skip
+def test_parts_that_make_no_layer_are_named(weights: dict[str, Tensor], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        to_own_names(weights, "flux")
+
+
+def test_parts_with_one_factor_and_one_strength_keep_their_rank() -> None:
+    shared = torch.randn(2, 3)
+    for alpha, rank in ((4.0, 2), (1.0, 4)):
+        parts = {**peft(Q), **peft(K), f"{Q}.alpha": torch.tensor(4.0), f"{K}.alpha": torch.tensor(alpha)}
+        parts[f"{Q}.lora_A.weight"] = parts[f"{K}.lora_A.weight"] = shared
+        alpha_key, down, up = to_own_names(parts, "flux").values()
+        assert down.shape[0] == up.shape[1] == rank
+        change = float(alpha_key) / rank * up @ down
+        assert torch.allclose(change[:4], 4.0 / 2 * parts[f"{Q}.lora_B.weight"] @ shared, atol=1e-5)
+        assert torch.allclose(change[4:8], alpha / 2 * parts[f"{K}.lora_B.weight"] @ shared, atol=1e-5)
+        assert not change[8:].any()
+
+
+@pytest.mark.parametrize(("down", "middle"), [
+    (None, torch.ones(3, 3, 3, 3)), (torch.ones(2, 8, 1, 1), torch.ones(3, 3, 3, 3)),
+    (torch.ones(3, 8, 1, 1), torch.ones(3, 3)),
+])  # fmt: skip
+def test_a_core_needs_a_factor_that_fits(down: Tensor | None, middle: Tensor) -> None:
+    weights = {"a.lora_mid.weight": middle, "a.lora_up.weight": torch.ones(6, 3, 1, 1)}
+    with pytest.raises(ValueError, match=r"^a: a Tucker core \(lora_mid\) without a lora_down that fits it"):
+        without_cores(weights if down is None else {**weights, "a.lora_down.weight": down})

@@ -16,6 +16,7 @@ from library.optimizer_state import load_optimizer_state, optimizer_state_tensor
 from library.optimizers import (
     CreatedOptimizer,
     MissingPackageError,
+    argument_problems,
     create_optimizer,
     is_schedule_free,
     optimizer_class,
@@ -142,6 +143,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(MissingPackageError, match="--optimizer_type prodigy needs the package prodigyopt.*pip install"):
         optimizer_class("prodigy")
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
+    with pytest.raises(MissingPackageError, match="needs the package lion-pytorch, .*pip install lion-pytorch"):
+        optimizer_class("Lion")
     with pytest.raises(ImportError, match="no_such_package"):
         optimizer_class("no_such_package.optim.Adam")
 
@@ -149,9 +153,15 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_package_that_is_too_old_is_named_with_the_version_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes
 
-    monkeypatch.delattr(bitsandbytes.optim, "PagedAdamW8bit")
-    with pytest.raises(MissingPackageError, match=r"bitsandbytes has no PagedAdamW8bit.*0\.39 or newer"):
-        optimizer_class("PagedAdamW8bit")
+    needed = dict.fromkeys(("PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "PagedLion8bit"), "0.39")
+    for name, version in {**needed, "Lion8bit": "0.38"}.items():
+        monkeypatch.delattr(bitsandbytes.optim, name)
+        message = rf"bitsandbytes has no {name}. Install bitsandbytes {version} or newer: pip install -U bitsandbytes"
+        with pytest.raises(MissingPackageError, match=message):
+            optimizer_class(name)
+    monkeypatch.delattr(bitsandbytes.optim, "AdamW8bit")
+    with pytest.raises(MissingPackageError, match=r"has no AdamW8bit. Install bitsandbytes: pip"):
+        optimizer_class("AdamW8bit")
 
 
 def test_only_the_package_of_the_class_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +259,29 @@ def test_nesterov_keeps_a_given_momentum_silently(caplog: pytest.LogCaptureFixtu
     made = created("SGDNesterov", "momentum=0.5")
     assert made.optimizer.param_groups[0]["momentum"] == 0.5
     assert warnings_of(caplog) == ""
+
+
+def test_arguments_that_a_class_lacks_are_named_with_the_nearest_that_it_has() -> None:
+    def problems_with(*arguments: str, **values: Any) -> list[str]:
+        return argument_problems(OptimizerOptions(optimizer_args=arguments, **values))
+
+    assert problems_with("betas=0.8,0.9", "lr=1", "eps=1e-6") == []
+    close, far = problems_with("weight_decy=1", "foo=1")
+    assert close.startswith("--optimizer_args: AdamW has no argument weight_decy; did you mean weight_decay? It takes ")
+    assert far.startswith("--optimizer_args: AdamW has no argument foo. It takes betas, eps, weight_decay")
+    assert "lr," not in far and "params" not in far and "self" not in far
+    for name in ("params", "self"):
+        assert len(problems_with(f"{name}=1")) == 1
+    [text] = problems_with("nesterof=True", optimizer_type="SGDNesterov")
+    assert "SGD has no argument nesterof; did you mean nesterov?" in text
+
+
+def test_only_the_first_of_several_optimizers_speaks(caplog: pytest.LogCaptureFixture) -> None:
+    options = OptimizerOptions(optimizer_type="SGDNesterov")
+    for is_silent in (True, False):
+        caplog.clear()
+        create_optimizer(options, parameters(), is_silent=is_silent)
+        assert bool(warnings_of(caplog)) != is_silent
 
 
 # --- learning-rate-free optimizers and Adafactor -----------------------------------------------------------

@@ -341,13 +341,11 @@ def test_the_rates_of_every_group_are_logged_and_what_an_optimizer_makes_of_them
     assert log_of(run, ["unet", "text"][: len(run.parameter_groups())])._learning_rates() == pytest.approx(rates)
 
 
-def test_a_tracker_that_cannot_write_is_left_alone_and_training_goes_on(
-    tmp_path, fresh_process, caplog, monkeypatch
-):
+def test_a_tracker_that_cannot_write_is_left_alone_and_training_goes_on(tmp_path, fresh_process, caplog, monkeypatch):
     run = network_run(tmp_path, logging_dir=str(tmp_path / "logs"), log_with="tensorboard")
     log = log_of(run, [str(number) for number in range(len(run.parameter_groups()))])
     log.scalars({"a": 1.0}, step=1)
-    assert log.has_trackers and not caplog.text
+    assert log.has_trackers and "cannot be written" not in caplog.text
     calls: list[int] = []
 
     def full(values: Any, step: int) -> None:
@@ -359,6 +357,20 @@ def test_a_tracker_that_cannot_write_is_left_alone_and_training_goes_on(
     log.scalars({"a": 1.0}, step=3)
     log.close()
     assert len(calls) == 1 and caplog.text.count("the logs cannot be written any more, training goes on") == 1
+
+
+def test_trackers_that_cannot_write_their_end_do_not_end_a_run(tmp_path, fresh_process, caplog, monkeypatch):
+    run = network_run(tmp_path, logging_dir=str(tmp_path / "logs"), log_with="tensorboard")
+    log = log_of(run, [str(number) for number in range(len(run.parameter_groups()))])
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.accelerator, "end_training", full)
+    log.close()
+    assert "the logs cannot be written any more, training goes on without them: [Errno 28]" in caplog.text
+    log.close()  # they are left alone
+    assert caplog.text.count("the logs cannot be written") == 1
 
 
 def test_a_tracker_gets_the_options_but_no_secret_and_no_path():
@@ -374,6 +386,20 @@ def test_a_tracker_gets_the_options_but_no_secret_and_no_path():
     assert stored["learning_rate"] == 0.25 and stored["training_comment"] == "plain"
     assert not [value for value in secret.values() if value in text]
     assert not REDACTED & stored.keys() and not [name for name in stored if name.endswith("_path")]
+
+
+def test_options_that_name_files_or_secrets_are_never_stored():
+    private = (
+        "wandb_api_key huggingface_token pretrained_model_name_or_path vae tokenizer_cache_dir train_data_dir "
+        "conditioning_data_dir reg_data_dir output_dir logging_dir dataset_config in_json resume network_weights "
+        "clip_l clip_g t5xxl ae controlnet_model_name_or_path sample_prompts config_file huggingface_repo_id "
+        "base_weights"
+    )
+    known = set(make_options().flat())
+    for name in [name for name in private.split() if name in known]:
+        value = ["SECRET"] if name == "base_weights" else "SECRET"
+        assert "SECRET" not in tracker_config(make_options(**{name: value})), name
+    assert REDACTED == set(private.split())
 
 
 def test_arguments_of_trackers_come_from_their_file_and_the_name_of_the_run(tmp_path):

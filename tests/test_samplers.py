@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.generation.guidance import combine
-from library.generation.samplers import SAMPLERS, Sampler, check_sampler, make_sampler
+from library.generation.samplers import SAMPLERS, Sampler, Start, check_sampler, make_sampler, start_from_image
 from library.options.sampling import SAMPLERS as SAMPLER_OPTION
 from library.sampling_spec import SamplingSpec
 from tests.gaussian import STD, GaussianFamily
@@ -151,6 +151,22 @@ def test_making_a_sampler_is_silent(
         warnings.simplefilter("error", FutureWarning)
         make_sampler(name, GaussianFamily().sampling_spec(), 5, (8, 8))
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "zero_offset", "first", "noise"),
+    [
+        ("euler_a", 1.0, True, 0, 0), ("euler_a", 0.75, True, 3, 3), ("euler_a", 0.5, True, 5, 5),
+        ("euler_a", 0.0, True, 10, 10),
+        ("euler_a", 1.0, False, 1, 0), ("euler_a", 0.75, False, 3, 2), ("euler_a", 0.5, False, 5, 4),
+        ("euler_a", 0.0, False, 10, 9),
+        ("dpmsingle", 1.0, False, 0, 0), ("dpmsingle", 0.5, False, 5, 5),
+    ],
+)  # fmt: skip
+def test_redrawing_begins_after_the_part_of_the_steps_that_its_strength_leaves_out(
+    name: str, strength: float, zero_offset: bool, first: int, noise: int
+) -> None:
+    assert start_from_image(name, 10, strength, zero_offset=zero_offset) == Start(first, noise, zero_offset)
 
 
 def test_a_spec_is_either_ddpm_or_flow() -> None:

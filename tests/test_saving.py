@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from library.options import make_options
-from library.saving import Retention, SaveNames, Saver, remove_saved, saving_words
+from library.saving import Retention, SaveNames, Saver, alone, remove_saved, saving_words, tell
 from library.train_util import LossRecorder, StepPlan, starting_position
 from library.training_state import Position, SavedProgress
 
@@ -94,6 +98,70 @@ def test_states_may_be_kept_longer_than_models(tmp_path):
     left = sorted(int(path.name[8:16]) for path in tmp_path.iterdir() if path.is_dir())
     assert left == [30, 40, 50]
     assert sorted(int(path.name[8:16]) for path in tmp_path.iterdir() if path.is_file()) == [40, 50]
+
+
+@pytest.mark.parametrize("kind", ["steps", "epochs"])
+def test_states_are_kept_as_long_as_models_and_go_with_them_where_none_are_saved_any_more(tmp_path, kind):
+    common = {"output_dir": str(tmp_path), f"save_every_n_{kind}": 1, f"save_last_n_{kind}": 1}
+
+    def saved(numbers: range, **values) -> tuple[list[int], list[int]]:
+        saver = make_saver(make_options(**common, **values), tmp_path, [])
+        for number in numbers:
+            if kind == "steps":
+                saver.after_step(number, 0)
+            else:
+                saver.after_epoch(number, 100, number)
+        found = [(int(re.search(r"(\d+)(-state)?$", path.stem)[1]), path.is_dir()) for path in tmp_path.iterdir()]
+        return tuple(sorted(number for number, is_state in found if is_state == wanted) for wanted in (False, True))
+
+    kept = 2 if kind == "steps" else 1  # steps count from the newest file on
+    models, states = saved(range(1, 6), save_state=True)
+    assert models == states == list(range(6 - kept, 6))
+    models, states = saved(range(6, 9))
+    assert (models, states) == (list(range(9 - kept, 9)), [])
+
+
+def test_what_belongs_to_a_model_goes_with_it(tmp_path):
+    options = make_options(output_dir=str(tmp_path), save_every_n_epochs=1, save_last_n_epochs=1)
+
+    def beside(path: Path) -> list[Path]:
+        return [path.with_name(f"{path.stem}_clip_l{path.suffix}")]
+
+    def write_both(path: Path, epoch: int, steps: int) -> None:
+        for file in (path, *beside(path)):
+            file.touch()
+
+    saver = replace(make_saver(options, tmp_path, []), companions=beside, write_model=write_both)
+    for epoch in range(1, 4):
+        saver.after_epoch(epoch, 9, epoch)
+    assert {path.name for path in tmp_path.iterdir()} == {"run-000003.safetensors", "run-000003_clip_l.safetensors"}
+
+
+def test_processes_beside_the_main_one_write_their_part_of_states_and_remove_nothing(tmp_path, capsys):
+    events: list[str] = []
+    options = make_options(output_dir=str(tmp_path / "out"), save_every_n_epochs=1, save_last_n_epochs=1,
+                           save_state=True)  # fmt: skip
+    saver = replace(make_saver(options, tmp_path / "out", events), is_main_process=False, phase=alone)
+    for epoch in range(1, 4):
+        saver.after_epoch(epoch, 9, epoch)
+    assert events == [f"state run-00000{epoch}-state" for epoch in range(1, 4)]
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert capsys.readouterr().out == ""
+
+
+def test_an_output_that_nobody_reads_ends_a_run_and_a_full_one_does_not(monkeypatch, caplog):
+    def failing(error: OSError) -> SimpleNamespace:
+        def write(text: str) -> None:
+            raise error
+
+        return SimpleNamespace(write=write, flush=lambda: None)
+
+    monkeypatch.setattr(sys, "stdout", failing(OSError(28, "No space left on device")))
+    tell("saving: x")
+    assert "saving: x (the output cannot be written: [Errno 28] No space left on device)" in caplog.text
+    monkeypatch.setattr(sys, "stdout", failing(BrokenPipeError()))
+    with pytest.raises(BrokenPipeError):
+        tell("saving: x")
 
 
 def test_step_plan_counts_as_users_know_it():

@@ -367,6 +367,17 @@ def test_processes_share_the_files_and_each_fills_its_own_memory(pictures: list[
         assert counts(cache(target, encoder, MEMORY, rank=rank, world_size=2)) == (3, 0, 0)
 
 
+def test_only_the_first_process_shows_bars(
+    pictures: list[Path], encoder: Encoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bar in ("caching captions: 100%", "checking text caches: 100%"):  # of a first and of a second run
+        shown = []
+        for rank in (0, 1):
+            cache(group(pictures), encoder, rank=rank, world_size=2)
+            shown.append(capsys.readouterr().err)
+        assert bar in shown[0] and shown[1] == ""
+
+
 def test_images_that_would_share_a_file_need_one_caption(pictures: list[Path], encoder: Encoder) -> None:
     (twin,) = save_pictures(pictures[0].parent / "other", [(64, 64)])
     twin = twin.rename(pictures[0].with_suffix(".webp"))
