@@ -282,7 +282,7 @@ def create_lr_scheduler(
         return _adafactor(name, optimizer, warmup)
     entry = _SCHEDULES.get(name)
     if entry is None:
-        raise UserError(_unknown_name(name))
+        raise UserError(unknown_name(name))
     if name == "constant":
         _refuse_warmup(warmup, "--lr_scheduler constant", "Use constant_with_warmup, or remove --lr_warmup_steps.")
     _warn_shared_warmup(options, num_processes)
@@ -372,7 +372,8 @@ def _warn_shared_warmup(options: OptimizerOptions, num_processes: int) -> None:
             )  # fmt: skip
 
 
-def _unknown_name(name: str) -> str:
+def unknown_name(name: str) -> str:
+    """What to say about a `--lr_scheduler` that is none of `LR_SCHEDULERS`."""
     close = difflib.get_close_matches(name.lower(), LR_SCHEDULERS, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return (

@@ -84,10 +84,12 @@ def problems(options: Any, script: Script, found: Sequence[str] = ()) -> list[st
         if not check.is_heavy:
             texts += _new(_sentences(check, subject), [*found, *texts])
     given = set(non_default(options))
-    heavy = [check for check in checks if check.is_heavy]
-    if not found and not texts or any(given & (check.about or frozenset()) for check in heavy):
-        for check in heavy:
-            texts += _new(_sentences(check, subject), [*found, *texts])
+    asked = [check for check in checks if check.is_heavy and given & (check.about or frozenset())]
+    for check in asked:
+        texts += _new(_sentences(check, subject), [*found, *texts])
+    for check in checks:
+        if check.is_heavy and check not in asked and not found and not texts:
+            texts += _sentences(check, subject)
     return texts
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from library.lr_schedulers import create_lr_scheduler
+from library.lr_schedulers import LR_SCHEDULERS, create_lr_scheduler, unknown_name
 from library.optimizers import CreatedOptimizer
 from library.options.errors import UserError
 from library.options.optimizer import OptimizerOptions
@@ -19,6 +19,10 @@ from library.preflight.subject import Subject
 def problems(subject: Subject) -> Iterator[str]:
     """What the schedule says about the options; the number of steps is `--max_train_steps`."""
     options: OptimizerOptions = subject.options.optimizer
+    name = options.lr_scheduler
+    if not options.lr_scheduler_type and name not in LR_SCHEDULERS and not name.startswith("adafactor"):
+        yield unknown_name(name)  # without an optimizer, whose first instance costs torch seconds of imports
+        return
     total = max(1, subject.options.training.max_train_steps or 1)
     try:
         schedule = create_lr_scheduler(options, _optimizer(options), num_training_steps=total)
