@@ -103,6 +103,19 @@ def test_arguments_that_do_not_work_yet_are_refused_by_name(argument, full_size)
         make(*full_size, **{name: value})
 
 
+def test_every_argument_of_the_original_is_known_or_named_as_missing():
+    missing = lora_flux.LoRANetwork.unsupported_arguments
+    wanted = set(
+        "train_blocks train_double_block_indices train_single_block_indices in_dims split_qkv img_attn_dim txt_attn_dim "
+        "img_mlp_dim txt_mlp_dim img_mod_dim txt_mod_dim single_dim single_mod_dim network_reg_dims network_reg_lrs "
+        "ggpo_sigma ggpo_beta verbose".split()
+    )
+    assert wanted <= {*missing, *lora_flux.known_arguments()}
+    for name in missing:
+        [told] = lora_flux.argument_problems({name: "1"}, lineage="flux")
+        assert f"{name}=1" in told and "does not support it yet" in told
+
+
 def test_arguments_without_effect_are_accepted_and_unknown_ones_named(full_size, caplog):
     make(*full_size, train_blocks="all", split_qkv="False", conv_dim="4")
     assert "networks.lora_flux: no effect of the network arguments conv_dim" in caplog.text

@@ -155,6 +155,20 @@ def test_a_file_is_not_loaded_again_into_a_network_that_holds_it(change, is_load
         assert network.calls == ([("load_weights", str(path))] if is_loaded else [])
 
 
+class Reporting(MinimalNetwork):
+    """A network that says which keys of its file found no place: those of a module that it does not have."""
+
+    def load_weights(self, path: str) -> dict[str, list[str]]:
+        return {"unexpected keys": ["lora_unet_other.lora_up.weight", "lora_unet_other.lora_down.weight"]}
+
+
+def test_a_file_of_which_nothing_fits_is_refused(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_file({f"lora_unet_other.lora_{part}.weight": torch.ones(2, 2) for part in ("up", "down")}, path)
+    with pytest.raises(ValueError, match=r"net\.safetensors.*none of its 2 tensors belongs to this model"):
+        contract.load_weights(Reporting(), path)
+
+
 def test_apply_passes_both_flags(third_party):
     network = MinimalNetwork()
     contract.apply(network, MODELS, False, True)

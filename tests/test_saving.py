@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from library.options import make_options
-from library.saving import Retention, SaveNames, Saver, alone, remove_saved, saving_words, tell
+from library.saving import Retention, SaveNames, Saver, Shelf, alone, remove_saved, saving_words, tell
 from library.train_util import LossRecorder, StepPlan, starting_position
 from library.training_state import Position, SavedProgress
 
@@ -264,3 +264,13 @@ def test_the_console_says_what_is_saved_and_removed_in_the_words_that_programs_r
         f"removing old state: {names.step_state(1)}",
         f"removing old model: {tmp_path / 'model'}",
     ]
+
+
+def test_what_rotation_has_taken_is_never_taken_again():
+    first, second, third = (Path(name) for name in ("1", "2", "3"))
+    shelf = Shelf(overdue=[first])
+    assert shelf.saved(second, None, rotates=True) == [first]
+    assert shelf.saved(third, None, rotates=True) == []
+    shelf.overdue.append(first)
+    assert shelf.make_room() == [first, second]
+    assert shelf.make_room() == [] and shelf.kept == [third]
