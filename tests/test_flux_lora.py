@@ -107,8 +107,8 @@ def test_every_argument_of_the_original_is_known_or_named_as_missing():
     missing = lora_flux.LoRANetwork.unsupported_arguments
     wanted = set(
         "train_blocks train_double_block_indices train_single_block_indices in_dims split_qkv img_attn_dim "
-        "txt_attn_dim img_mlp_dim txt_mlp_dim img_mod_dim txt_mod_dim single_dim single_mod_dim network_reg_dims network_reg_lrs "
-        "ggpo_sigma ggpo_beta verbose".split()
+        "txt_attn_dim img_mlp_dim txt_mlp_dim img_mod_dim txt_mod_dim single_dim single_mod_dim "
+        "network_reg_dims network_reg_lrs ggpo_sigma ggpo_beta verbose".split()
     )
     assert wanted <= {*missing, *lora_flux.known_arguments()}
     for name in missing:
